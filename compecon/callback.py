@@ -35,15 +35,14 @@ def hf_collate(
         return torch.stack(values) if values[0].ndim == 0 else pad_sequence(values, True, pad_id if k == 'input_ids' else 0)
     return {k: column(k) for k in xs[0]}, torch.as_tensor(ys)
 
-# %% ../nbs/06_callback.ipynb #db17533c
+# %% ../nbs/06_callback.ipynb #d62feadb
 def _unpack(module, args, kwargs):
     if len(args) == 1 and isinstance(args[0], Mapping): return (), {**{k: v for k,v in args[0].items() if k != 'idx'}, **kwargs}
 
 class HFCallback(Callback):
     "Lets a Learner train a Hugging Face model on batches of `(dict, labels)`; predictions are its logits"
     def _hook(self):
-        if not getattr(self.model, '_takes_batches', False): self.model.register_forward_pre_hook(_unpack, with_kwargs=True)
-        self.model._takes_batches = True
+        if _unpack not in self.model._forward_pre_hooks.values(): self.model.register_forward_pre_hook(_unpack, with_kwargs=True)
     before_fit = before_validate = _hook
     def after_pred(self): self.learn.pred = self.pred.logits
 
