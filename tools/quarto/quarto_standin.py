@@ -24,6 +24,9 @@ def real_quarto():
         if found and Path(found).resolve() != me: return found
 
 
+def output_folder(): return Path(yaml.safe_load(Path('nbdev.yml').read_text())['project']['output-dir'])
+
+
 def mathml(page):
     "Replace TeX by MathML in a page, and drop the renderer that it would have loaded"
     def one(match):
@@ -35,16 +38,17 @@ def mathml(page):
 
 def render_site():
     "The project in this folder, to the output folder that it names"
+    out = output_folder()
+    shutil.rmtree(out, ignore_errors=True)  # the README may have left its pictures here
     status = subprocess.run([sys.executable, '-m', 'smalldocs.cli', 'render', '--quiet', '.']).returncode
     if status: return status
-    out = Path(yaml.safe_load(Path('nbdev.yml').read_text())['project']['output-dir'])
     for page in out.rglob('*.html'): page.write_text(mathml(page.read_text(encoding='utf-8')), encoding='utf-8')
     return 0
 
 
 def render_markdown(notebook, name):
     "One notebook as GitHub's Markdown, with its pictures beside it"
-    out, images = Path(yaml.safe_load(Path('nbdev.yml').read_text())['project']['output-dir']), f'{Path(notebook).stem}_files'
+    out, images = output_folder(), f'{Path(notebook).stem}_files'
     (out/images).mkdir(parents=True, exist_ok=True)
     parts = []
     for n, cell in enumerate(json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']):
