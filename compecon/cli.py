@@ -41,7 +41,7 @@ def write_report(
     figure.clear()
     return table
 
-# %% ../nbs/17_cli.ipynb #9daa9b95
+# %% ../nbs/17_cli.ipynb #af112b12
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help='Transformers as internal economies: smaller, faster models at any compute budget.')
 
@@ -92,6 +92,7 @@ def frontier(
     typer.echo(f'\n{table.to_markdown(index=False)}\n\nbudget and achieved: FLOPs of the whole model, as a share of dense; latency: time relative to dense; points: hundredths of the metric.'
                f'\nTable, plot and models are in {out}/')
 
+# %% ../nbs/17_cli.ipynb #a85e217d
 @app.command()
 def evaluate(
     folder:Annotated[str, typer.Argument(help='A settled model, as `compecon frontier` saves it.')],
@@ -110,4 +111,6 @@ def evaluate(
     except ValueError as e: _stop(e)
     for name, value in scores.items(): typer.echo(f'{name}: {value:.6f}')
 
-def main(): app()
+def main():
+    "Entry of the console script"
+    app()

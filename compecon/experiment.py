@@ -72,7 +72,7 @@ def load_dense(
     config.pad_token_id = tokenizer.pad_token_id
     return AutoModelForSequenceClassification.from_pretrained(source, config=config), tokenizer
 
-# %% ../nbs/13b_experiment.ipynb #ac906e4e
+# %% ../nbs/13b_experiment.ipynb #dbc2d73f
 class _Quiet(Callback):
     "No validation while training; move a progress bar"
     def __init__(self, bar, weight): self.bar, self.weight = bar, weight
@@ -103,6 +103,7 @@ def finetune(
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr)
     return time.perf_counter() - start
 
+# %% ../nbs/13b_experiment.ipynb #10c7fd19
 def predict(
     model:nn.Module, # A Hugging Face model
     samples:list[tuple[dict,object]], # From `tokenize`, with `idx` from 0 on

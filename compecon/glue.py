@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GLUE', 'Task', 'score', 'check_rows', 'load_glue', 'tokenize', 'length_sorted', 'loss_of']
 
-# %% ../nbs/13_glue.ipynb #27febfb2
+# %% ../nbs/13_glue.ipynb #0dc2fb26
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,6 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastai.data.core import DataLoaders
 from fastai.text.data import SortedDL
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, matthews_corrcoef

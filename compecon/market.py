@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['anneal', 'PostedPrice', 'DualAscent', 'clear_softly', 'ClearedMarket']
 
-# %% ../nbs/05_market.ipynb #a6aa4924
-import math
+# %% ../nbs/05_market.ipynb #fd5aa7fe
 from collections.abc import Callable
 
 import torch

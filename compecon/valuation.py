@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['VALUATIONS', 'random_values', 'magnitude', 'taylor', 'appraise']
 
-# %% ../nbs/07_valuation.ipynb #c9a6336c
+# %% ../nbs/07_valuation.ipynb #b2223d0e
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
-
-from .agents import width_in, width_out
-from .economy import Economy, marginal_values
 from transformers.pytorch_utils import Conv1D
+
+from .economy import Economy
 
 # %% ../nbs/07_valuation.ipynb #c52ae3cd
 def random_values(
