@@ -53,7 +53,7 @@ def _hf_model(model):
     if found is None: raise ValueError(f'no Hugging Face model inside {type(model).__name__}: an economy needs a `PreTrainedModel`')
     return found
 
-# %% ../nbs/06_callback.ipynb #d8f545c3
+# %% ../nbs/06_callback.ipynb #136729e7
 class EconomyCallback(Callback):
     "Train a model as an economy: anneal the price of compute, charge for it, and record what happens"
     order, run_valid, name = MixedPrecision.order + 2, False, 'economy_callback'
@@ -80,7 +80,7 @@ class EconomyCallback(Callback):
         self.market.update(self.economy, self.pct_train)
 
     def after_loss(self):
-        self._loss = self.learn.loss_grad = self.learn.loss_grad + self.market.penalty(self.economy)
+        self._loss = self.learn.loss_grad = self.market.charge(self.learn.loss_grad, self.economy)
 
     def after_backward(self):
         scale = self.learn.loss_grad.detach()/self._loss.detach()  # of mixed precision; 1 without

@@ -137,7 +137,7 @@ def load_task(
     if name not in TASKS: raise ValueError(f'unknown task {name!r}: there are {", ".join(TASKS)}')
     return load_agreement() if name == 'agreement' else load_glue(name, folder)
 
-# %% ../nbs/13b_experiment.ipynb #69b16222
+# %% ../nbs/13b_experiment.ipynb #7247581f
 METHODS = 'economy', *VALUATIONS
 DEFAULTS = {t: dict(epochs=3, dense_epochs=3, lr=5e-5, bs=32) for t in GLUE} | {'agreement': dict(epochs=2, dense_epochs=3, lr=1e-4, bs=16)}
 
@@ -168,7 +168,7 @@ class Plan:
             if not getattr(self, k) > 0: raise ValueError(f'{k}={getattr(self, k)} must be above 0')
 
     def same(self): # What two runs must share to be the same run
-        return {k: v for k,v in asdict(self).items() if k not in ('budgets', 'seeds', 'methods', 'data')}
+        return {k: v for k,v in asdict(self).items() if k not in ('budgets', 'seeds', 'methods')}
 
 # %% ../nbs/13b_experiment.ipynb #ce18ca32
 @dataclass

@@ -52,7 +52,7 @@ def score(
     with np.errstate(all='ignore'): found = {k: float(m(preds.cpu().numpy(), labels.cpu().numpy())) for k,m in task.metrics.items()}
     return {k: 0. if np.isnan(v) else v for k,v in found.items()}
 
-# %% ../nbs/13_glue.ipynb #386319bc
+# %% ../nbs/13_glue.ipynb #ec644c3f
 def check_rows(
     task:Task, # What they should be
     rows:datasets.Dataset, # One split
@@ -67,6 +67,17 @@ def check_rows(
         raise ValueError(f'{where} has labels {sorted(set(labels.tolist()))[:5]}, {task.name} has 0 to {task.classes-1}')
     return rows
 
+def _from_hub(name, split):
+    try: return datasets.load_dataset('nyu-mll/glue', name, split=split), f'glue/{name}/{split}'
+    except (ConnectionError, FileNotFoundError) as e:
+        raise ValueError(f'the Hugging Face hub does not give nyu-mll/glue ({e}): name a folder with glue/{name}/{split}.jsonl') from e
+
+def _from_folder(stem):
+    found = next((f for f in (stem.with_suffix('.jsonl'), stem.with_suffix('.csv')) if f.is_file()), None)
+    if found is None: raise ValueError(f'{stem}.jsonl is missing: `nyu-mll/glue` on the Hugging Face hub has it')
+    if found.stat().st_size == 0: raise ValueError(f'{found} is empty')
+    return datasets.load_dataset('csv' if found.suffix == '.csv' else 'json', data_files=str(found), split='train'), str(found)
+
 def load_glue(
     name:str, # 'cola', 'stsb' or 'mnli'
     folder:str|Path|None=None # Laid out as `glue/<task>/<split>.jsonl` or `.csv`; the hub if `None`
@@ -75,14 +86,7 @@ def load_glue(
     if name not in GLUE: raise ValueError(f'unknown task {name!r}: there are {", ".join(GLUE)}')
     task, read = GLUE[name], {}
     for split, on_disk in (('train', 'train'), ('validation', task.validation)):
-        if folder is None: rows, where = datasets.load_dataset('nyu-mll/glue', name, split=on_disk), f'glue/{name}/{on_disk}'
-        else:
-            stem = Path(folder)/'glue'/name/on_disk
-            found = next((f for f in (stem.with_suffix('.jsonl'), stem.with_suffix('.csv')) if f.is_file()), None)
-            if found is None: raise ValueError(f'{stem}.jsonl is missing: `nyu-mll/glue` on the Hugging Face hub has it')
-            if found.stat().st_size == 0: raise ValueError(f'{found} is empty')
-            kind = 'csv' if found.suffix == '.csv' else 'json'
-            rows, where = datasets.load_dataset(kind, data_files=str(found), split='train'), str(found)
+        rows, where = _from_hub(name, on_disk) if folder is None else _from_folder(Path(folder)/'glue'/name/on_disk)
         rows = check_rows(task, rows, where)
         read[split] = rows.remove_columns('idx' if 'idx' in rows.column_names else []).add_column('idx', list(range(len(rows))))
     return read

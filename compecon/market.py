@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['anneal', 'PostedPrice', 'DualAscent', 'clear_softly', 'ClearedMarket']
 
-# %% ../nbs/05_market.ipynb #fd5aa7fe
+# %% ../nbs/05_market.ipynb #76f8e3f9
 from collections.abc import Callable
 
 import torch
 from fastai.callback.schedule import SchedCos, SchedNo, combine_scheds
 
-from .cost import check_budget, check_price
+from .cost import check_budget, check_price, priced_loss
 from .economy import Economy
 from .gates import AnnealedGate
 
@@ -26,7 +26,7 @@ def anneal(
     if not 0 < warmup < close < 1: raise ValueError(f'warmup={warmup} and close={close} must satisfy 0 < warmup < close < 1')
     return combine_scheds([warmup, close-warmup, 1-close], [SchedNo(start, start), SchedCos(start, end), SchedNo(end, end)])
 
-# %% ../nbs/05_market.ipynb #cebbe75f
+# %% ../nbs/05_market.ipynb #5c02b965
 class PostedPrice:
     "A price that is set, annealed from 0; what is spent at it comes out as it may"
     def __init__(self,
@@ -43,13 +43,14 @@ class PostedPrice:
         "Set the price and the gates for the next batch"
         economy.price, economy.gate.hard = self.schedule(pct), pct >= self.close
 
-    def penalty(self,
+    def charge(self,
+        loss:torch.Tensor, # Of the task, a scalar
         economy:Economy # After a forward pass
-        )->torch.Tensor: # A scalar to add to the task's loss
-        "Price times expected spend"
-        return economy.price*economy.prices.spend(economy.gate.expected(economy.logits))
+        )->torch.Tensor: # The priced loss, a scalar
+        "Add price times expected spend"
+        return priced_loss(loss, economy.prices.spend(economy.gate.expected(economy.logits)), economy.price)
 
-# %% ../nbs/05_market.ipynb #45a6894a
+# %% ../nbs/05_market.ipynb #aaa17a68
 class DualAscent:
     "A budget kept by raising the price while too much is spent (Lagrangian dual ascent)"
     def __init__(self,
@@ -73,7 +74,7 @@ class DualAscent:
             self.now = max(0., self.now + self.rate*over*economy.valuations.median().item())
         economy.price, economy.gate.hard = self.now, False
 
-    penalty = PostedPrice.penalty
+    charge = PostedPrice.charge
 
 # %% ../nbs/05_market.ipynb #47240d3e
 def clear_softly(
@@ -93,7 +94,7 @@ def clear_softly(
     economy.log_price = high + (spent - spent.detach())/slope.sum() if slope.sum() > 0 else high
     return economy.price
 
-# %% ../nbs/05_market.ipynb #8c82a9d0
+# %% ../nbs/05_market.ipynb #7fdcf1bd
 class ClearedMarket:
     "A budget kept exactly at every step: the price is solved for, and gradients pass through it"
     def __init__(self,
@@ -116,8 +117,9 @@ class ClearedMarket:
         if pct < self.warmup: economy.price = 0
         else: clear_softly(economy, self.schedule(pct))
 
-    def penalty(self,
+    def charge(self,
+        loss:torch.Tensor, # Of the task, a scalar
         economy:Economy # After a forward pass
-        )->float: # Nothing to add: the budget is kept already
-        "Zero"
-        return 0.
+        )->torch.Tensor: # The same loss: the budget is kept already
+        "Nothing to pay"
+        return loss
