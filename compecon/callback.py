@@ -35,16 +35,16 @@ def hf_collate(
         return torch.stack(values) if values[0].ndim == 0 else pad_sequence(values, True, pad_id if k == 'input_ids' else 0)
     return {k: column(k) for k in xs[0]}, torch.as_tensor(ys)
 
-# %% ../nbs/06_callback.ipynb #d62feadb
+# %% ../nbs/06_callback.ipynb #cd20c633
 def _unpack(module, args, kwargs):
     if len(args) == 1 and isinstance(args[0], Mapping): return (), {**{k: v for k,v in args[0].items() if k != 'idx'}, **kwargs}
 
 class HFCallback(Callback):
     "Lets a Learner train a Hugging Face model on batches of `(dict, labels)`; predictions are its logits"
-    def _hook(self):
-        if _unpack not in self.model._forward_pre_hooks.values(): self.model.register_forward_pre_hook(_unpack, with_kwargs=True)
-    before_fit = before_validate = _hook
-    def after_pred(self): self.learn.pred = self.pred.logits
+    def before_batch(self): self._handle = self.model.register_forward_pre_hook(_unpack, with_kwargs=True)
+    def after_pred(self):
+        self._handle.remove()
+        self.learn.pred = self.pred.logits
 
 # %% ../nbs/06_callback.ipynb #5efc15eb
 def _hf_model(model):
@@ -53,7 +53,7 @@ def _hf_model(model):
     if found is None: raise ValueError(f'no Hugging Face model inside {type(model).__name__}: an economy needs a `PreTrainedModel`')
     return found
 
-# %% ../nbs/06_callback.ipynb #136729e7
+# %% ../nbs/06_callback.ipynb #2f331171
 class EconomyCallback(Callback):
     "Train a model as an economy: anneal the price of compute, charge for it, and record what happens"
     order, run_valid, name = MixedPrecision.order + 2, False, 'economy_callback'
@@ -69,6 +69,7 @@ class EconomyCallback(Callback):
 
     def before_fit(self):
         if self.economy is None: self.economy = Economy(_hf_model(self.model), **self.kwargs)
+        self.economy.log_values.data = self.economy.log_values.to(next(self.model.parameters()).device)
         self.bidder = torch.optim.Adam([self.economy.log_values], self.bid_lr)
         self._sum, self._seen = torch.zeros_like(self.economy.log_values), 0
         self._columns = [ValueMetric(lambda k=k: self.history[-1][k] if self.history else float('nan'), k) for k in ('price', 'spend', 'open')]
@@ -83,8 +84,9 @@ class EconomyCallback(Callback):
         self._loss = self.learn.loss_grad = self.market.charge(self.learn.loss_grad, self.economy)
 
     def after_backward(self):
-        scale = self.learn.loss_grad.detach()/self._loss.detach()  # of mixed precision; 1 without
-        if self.measure and self.pct_train < self.market.warmup:
+        scale = self.learn.loss_grad.detach()/self._loss.detach() if self._loss else 1.  # of mixed precision; 1 without
+        if not self.economy.shares.grad.isfinite().all(): pass  # an overflow of mixed precision, which skips the weights' step as well
+        elif self.measure and self.pct_train < self.market.warmup:
             self._sum, self._seen = self._sum + marginal_values(self.economy)/scale, self._seen + 1
         elif not self.economy.gate.hard:
             self.economy.log_values.grad /= scale
@@ -110,7 +112,7 @@ def plot_history(
     right.plot(df.pct, df.price, c='C1'); right.set_ylabel('price (loss per whole model)', color='C1')
     return ax
 
-# %% ../nbs/06_callback.ipynb #a09693c0
+# %% ../nbs/06_callback.ipynb #529b1e57
 def distillation_loss(
     logits:torch.Tensor, # Of the student, `(batch, classes)`
     target:torch.Tensor, # Of the teacher, the same shape
@@ -135,7 +137,7 @@ class Distill(Callback):
 
     def after_loss(self):
         x = self.xb[0]
-        if isinstance(self.teacher, torch.Tensor): target = self.teacher.to(self.pred.device)[x['idx']]
+        if isinstance(self.teacher, torch.Tensor): target = self.teacher[x['idx'].to(self.teacher.device)].to(self.pred.device)
         else:
             with torch.no_grad(): target = self.teacher.eval()(**{k: v for k,v in x.items() if k != 'idx'}).logits
         agreement = distillation_loss(self.pred, target, self.temperature)

@@ -5,25 +5,27 @@
 # %% auto #0
 __all__ = ['app', 'frontier_table', 'write_report', 'frontier', 'evaluate', 'main']
 
-# %% ../nbs/17_cli.ipynb #0a4a5f96
+# %% ../nbs/17_cli.ipynb #02f81cf0
 import os
 import warnings
 from pathlib import Path
 from typing import Annotated, Optional
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import typer
 
-# %% ../nbs/17_cli.ipynb #4c6bcdd0
+from .frontier import pareto, plot_frontier, summarize
+
+# %% ../nbs/17_cli.ipynb #b9326c42
 def frontier_table(
     runs:pd.DataFrame # From `compecon.frontier.read_runs`
-    )->pd.DataFrame: # One row for each method and budget, means over seeds; `points` is the change from dense in hundredths of the metric
+    )->pd.DataFrame: # One row for each method and budget, means over seeds; `front` marks the Pareto frontier, `points` is the change from dense in hundredths of the metric
     "The table that a frontier is read from"
-    from compecon.frontier import summarize
     table = summarize(runs)
     interval = [f'[{low:.3f}, {high:.3f}]' if seeds > 1 else '' for low,high,seeds in zip(table.low, table.high, table.seeds)]
     res = pd.DataFrame({'method': table.method, 'budget': table.budget, 'achieved': table.achieved.round(4), table.metric.iloc[0]: table.score.round(4),
-                        '95 %': interval, 'points': (100*(table.score - table.dense)).round(2), 'latency': table.latency_ratio.round(3),
+                        '95 %': interval, 'front': ['*' if i in pareto(table).index else '' for i in table.index], 'points': (100*(table.score - table.dense)).round(2), 'latency': table.latency_ratio.round(3),
                         'params (M)': (table.params/1e6).round(2), 'seeds': table.seeds, 'train (s)': table.train_seconds.round(0).astype(int)})
     return res.sort_values(['budget', 'method'], ascending=[False, True]).reset_index(drop=True)
 
@@ -32,13 +34,12 @@ def write_report(
     out:str|Path # Folder for `table.md`, `table.csv`, `frontier.png`
     )->pd.DataFrame: # The table
     "Write the table and the plot of a frontier"
-    from compecon.frontier import plot_frontier
     out, table = Path(out), frontier_table(runs)
     (out/'table.md').write_text(table.to_markdown(index=False) + '\n')
     table.to_csv(out/'table.csv', index=False)
     figure = plot_frontier(runs).figure
     figure.savefig(out/'frontier.png', dpi=150, bbox_inches='tight')
-    figure.clear()
+    plt.close(figure)
     return table
 
 # %% ../nbs/17_cli.ipynb #af112b12

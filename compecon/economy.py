@@ -17,7 +17,7 @@ from .agents import find_agents
 from .cost import check_budget, check_price, price_list
 from .gates import AnnealedGate, Gate, attach_gate
 
-# %% ../nbs/04_economy.ipynb #59d493a1
+# %% ../nbs/04_economy.ipynb #f367dde9
 class GatedModel:
     "Gates on every site of a model, fed from one vector of logits"
     def __init__(self,
@@ -26,6 +26,8 @@ class GatedModel:
         gate:Gate|None=None, # How agents open and close; an `AnnealedGate` if `None`
         ):
         self.model, self.gate, self.block, self.sites = model, gate or AnnealedGate(), block, find_agents(model, block)
+        if any(getattr(h, 'is_gate', False) for s in self.sites for h in s.out._forward_pre_hooks.values()):
+            raise ValueError('this model has gates already: `remove()` them first')
         device = next(model.parameters()).device
         self.log_values = nn.Parameter(torch.zeros(sum(s.n for s in self.sites), device=device))
         self.log_price = torch.tensor(-math.inf, device=device)
@@ -58,7 +60,7 @@ class GatedModel:
         "Take the gates off the model"
         while self._handles: self._handles.pop().remove()
 
-# %% ../nbs/04_economy.ipynb #4e5fe4b7
+# %% ../nbs/04_economy.ipynb #6c72c272
 class Economy(GatedModel):
     "A model as an economy: agents with valuations, a price list, and a price"
     def __init__(self,
@@ -83,19 +85,18 @@ class Economy(GatedModel):
         if not ((values >= 0) & values.isfinite()).all(): raise ValueError('valuations must be finite and at least 0')
         self.log_values.data = values.to(self.log_values).clamp_min(1e-30).log()
 
-    def demand(self, price): return self.valuations > check_price(price) # Who is open at a price: `(agents,)` of bool
+    def demand(self, price): # Who is open at a price: `(agents,)` of bool
+        return self.log_values.detach() > torch.tensor(check_price(price), device=self.log_values.device).log()
     def spend(self, opened=None): # Share of the whole model's compute; of those open now if `None`
         return self.prices.spend((self.open if opened is None else opened).float()).item()
 
-    def clearing_price(self, budget): # The lowest price at which demand costs at most `budget`
+    def clear(self, budget): # Harden the gates at the lowest price at which demand costs at most `budget`; gives the spend achieved
         check_budget(budget, self.prices.fixed)
-        values, order = self.valuations.sort(descending=True)
+        values, order = self.log_values.detach().sort(descending=True)
         spent = self.prices.fixed + self.prices.costs.to(values.device)[order].double().cumsum(0)
         unpaid = (spent > budget + 1e-6).nonzero()
-        return values[unpaid[0]].item() if len(unpaid) else 0.
-
-    def clear(self, budget): # Harden the gates at the clearing price of `budget`; gives the spend achieved
-        self.price, self.gate.hard = self.clearing_price(budget), True
+        self.log_price = values[unpaid[0, 0]] if len(unpaid) else torch.full_like(values[0], -math.inf)
+        self.gate.hard = True
         return self.spend()
 
     def __repr__(self): return f'Economy({type(self.model).__name__}: {len(self)} agents, spend {self.spend():.3f} at price {self.price:.3g})'

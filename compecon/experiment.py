@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['MINILM', 'TASKS', 'METHODS', 'DEFAULTS', 'model_source', 'load_dense', 'finetune', 'predict', 'evaluate', 'load_task',
-           'Plan', 'Bench', 'train_run', 'provenance', 'measure', 'RunLog', 'run_plan']
+           'Plan', 'Bench', 'train_run', 'now', 'provenance', 'measure', 'RunLog', 'run_plan']
 
-# %% ../nbs/13b_experiment.ipynb #f1acd6ab
+# %% ../nbs/13b_experiment.ipynb #c140e7ce
 import copy
+import hashlib
 import importlib.util
+import json
 import math
 import platform
+import random
 import subprocess
 import time
 from dataclasses import asdict, dataclass
@@ -34,7 +37,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from .agents import FAMILIES, find_agents
 from .agreement import AGREEMENT, load_agreement
 from .callback import Distill, EconomyCallback, HFCallback
-from .cost import check_budget
+from .cost import check_budget, price_list
 from .economy import Economy
 from .flops import count_flops, latency
 from .frontier import append_run, read_runs
@@ -43,7 +46,7 @@ from .market import ClearedMarket
 from .settle import save, settle
 from .valuation import VALUATIONS, appraise
 
-# %% ../nbs/13b_experiment.ipynb #576757b2
+# %% ../nbs/13b_experiment.ipynb #319123a5
 MINILM = 'minilm' # Name of the packaged model
 
 def model_source(
@@ -63,14 +66,16 @@ def load_dense(
     )->tuple[nn.Module,object]: # The model with a fresh (or its own) head, and its tokenizer
     "A pre-trained model for a task; raises `ValueError` if it cannot be found or is of no known family"
     source = model_source(name)
+    def missing(e): return ValueError(f'{name!r} cannot be loaded, from a folder or from the hub: {str(e).splitlines()[0]}')
     try: config = AutoConfig.from_pretrained(source, num_labels=task.classes)
-    except OSError as e: raise ValueError(f'{name!r} is no folder, and the hub does not give it: {str(e).splitlines()[0]}') from e
+    except OSError as e: raise missing(e) from e
     if config.model_type not in FAMILIES: raise ValueError(f'{name} is a {config.model_type!r}: compecon knows {", ".join(sorted(FAMILIES))}')
     if getattr(config, 'compecon', None): raise ValueError(f'{name} is settled already: start from the dense model')
     tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     config.pad_token_id = tokenizer.pad_token_id
-    return AutoModelForSequenceClassification.from_pretrained(source, config=config), tokenizer
+    try: return AutoModelForSequenceClassification.from_pretrained(source, config=config, ignore_mismatched_sizes=True), tokenizer
+    except OSError as e: raise missing(e) from e
 
 # %% ../nbs/13b_experiment.ipynb #dbc2d73f
 class _Quiet(Callback):
@@ -137,7 +142,7 @@ def load_task(
     if name not in TASKS: raise ValueError(f'unknown task {name!r}: there are {", ".join(TASKS)}')
     return load_agreement() if name == 'agreement' else load_glue(name, folder)
 
-# %% ../nbs/13b_experiment.ipynb #7247581f
+# %% ../nbs/13b_experiment.ipynb #031a2a40
 METHODS = 'economy', *VALUATIONS
 DEFAULTS = {t: dict(epochs=3, dense_epochs=3, lr=5e-5, bs=32) for t in GLUE} | {'agreement': dict(epochs=2, dense_epochs=3, lr=1e-4, bs=16)}
 
@@ -161,6 +166,7 @@ class Plan:
         for m in self.methods:
             if m not in METHODS: raise ValueError(f'unknown method {m!r}: there are {", ".join(METHODS)}')
         for b in self.budgets: check_budget(b)
+        for k in ('methods', 'budgets'): object.__setattr__(self, k, tuple(dict.fromkeys(getattr(self, k))))
         if not self.methods or not self.budgets: raise ValueError('a plan needs at least one method and one budget')
         for k, v in DEFAULTS[self.task].items():
             if getattr(self, k) is None: object.__setattr__(self, k, v)
@@ -170,7 +176,7 @@ class Plan:
     def same(self): # What two runs must share to be the same run
         return {k: v for k,v in asdict(self).items() if k not in ('budgets', 'seeds', 'methods')}
 
-# %% ../nbs/13b_experiment.ipynb #ce18ca32
+# %% ../nbs/13b_experiment.ipynb #70e2c65f
 @dataclass
 class Bench:
     "What the runs of one seed share: task, samples, dense model, its answers, and the cost of a sequence"
@@ -184,8 +190,8 @@ class Bench:
     answers:torch.Tensor=None # Of the dense model, to the training samples
     score:float=math.nan # Of the dense model
 
-    def batches(self, n=512, bs=32): # The first `n` training samples, for the appraisers
-        return length_sorted(self.samples['train'][:n], bs, pad_id=self.tokenizer.pad_token_id or 0)
+    def batches(self, n=512, bs=32): # Some training samples, drawn anew for each seed, for the appraisers
+        return length_sorted(random.Random(self.seed).sample(self.samples['train'], min(n, len(self.samples['train']))), bs, pad_id=self.tokenizer.pad_token_id or 0)
     def flops(self, model): # Of one sequence, audited
         return count_flops(model.eval(), input_ids=torch.ones(1, self.tokens, dtype=torch.long, device=next(model.parameters()).device))
 
@@ -213,10 +219,12 @@ def train_run(
     looked = market*len(samples) if method == 'economy' else min(512, len(samples))*(method == 'taylor')
     return small, time.perf_counter() - start, 3*total*(looked + share*(plan.epochs - market)*len(samples))
 
-# %% ../nbs/13b_experiment.ipynb #6f118351
+# %% ../nbs/13b_experiment.ipynb #50e0ae0e
 def _commit():
-    try: return subprocess.run(['git', '-C', str(Path(__file__).parent), 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError, NameError): return 'unknown'
+    "The commit of this package's own files, `-dirty` if they were changed since"
+    def git(*args): return subprocess.run(['git', '-C', str(Path(importlib.util.find_spec('compecon').origin).parent), *args], capture_output=True, text=True, check=True).stdout.strip()
+    try: return git('ls-files', '--error-unmatch', '__init__.py') and git('describe', '--always', '--dirty', '--exclude', '*')
+    except (OSError, subprocess.CalledProcessError): return 'unknown'
 
 def _device():
     if default_device().type == 'cuda': return torch.cuda.get_device_name()
@@ -230,11 +238,13 @@ def _versions():
         except PackageNotFoundError: return 'not installed'
     return dict(python=platform.python_version(), **{p: found(p) for p in ('compecon', 'torch', 'transformers', 'fastai')})
 
+def now(): return datetime.now(timezone.utc).isoformat(timespec='seconds')
+
 def provenance(
     )->dict: # `device`, `threads`, `versions`, `commit`, `when`
     "Where and when a run was made"
     return dict(device=_device(), threads=torch.get_num_threads(), versions=_versions(), commit=_commit(),
-                when=datetime.now(timezone.utc).isoformat(timespec='seconds'))
+                when=now())
 
 def measure(
     model:nn.Module, # A settled model
@@ -250,13 +260,13 @@ def measure(
                 params=sum(p.numel() for p in model.parameters()), latency_ratio=ratio.ratio, latency_low=ratio.low, latency_high=ratio.high,
                 latency_batch=batch, latency_ms=ratio.ms)
 
-# %% ../nbs/13b_experiment.ipynb #21d95c23
+# %% ../nbs/13b_experiment.ipynb #87ba27bd
 class RunLog:
     "The records of one plan in a file"
     def __init__(self,
         file:str|Path, # Of JSON lines
         plan:Plan # Whose runs; the others in the file are left alone
-        ): self.file, self.plan = Path(file), plan
+        ): self.file, self.plan, self.provenance = Path(file), plan, provenance()
 
     def runs(self):
         "All runs of the plan, wanted now or earlier"
@@ -274,14 +284,14 @@ class RunLog:
         task, epochs = bench.task, self.plan.dense_epochs if method == 'dense' else self.plan.epochs
         return append_run(dict(model=self.plan.model, task=task.name, split=task.validation, method=method, seed=bench.seed, unit='flops', budget=budget,
             **found, metric=next(iter(task.metrics)), dense=bench.score, epochs=epochs, train_seconds=seconds, train_flops=float(flops),
-            tokens=bench.tokens, plan=self.plan.same(), **provenance()), self.file)
+            tokens=bench.tokens, plan=self.plan.same(), **{**self.provenance, 'when': now()}), self.file)
 
-# %% ../nbs/13b_experiment.ipynb #64b3583e
-def _prepare(bench, log, out, bar):
+# %% ../nbs/13b_experiment.ipynb #cac01bc2
+def _prepare(bench, log, models, bar):
     "Give a bench its dense model: from disk, or by fine-tuning"
-    plan, folder = bench.plan, out/'models'/f'dense-seed{bench.seed}'
+    plan, folder = bench.plan, models/f'dense-seed{bench.seed}'
     found = log.find('dense', bench.seed, 1.)
-    if found is None:
+    if found is None or not (folder/'answers.safetensors').is_file():
         set_seed(bench.seed)
         bench.dense, _ = load_dense(plan.model, bench.task)
         seconds = finetune(bench.dense, bench.task, bench.samples['train'], plan.dense_epochs, plan.lr, plan.bs, bench.seed, bar=bar)
@@ -289,7 +299,7 @@ def _prepare(bench, log, out, bar):
         save_file({'logits': predict(bench.dense, bench.samples['train'])}, folder/'answers.safetensors')
         found = measure(bench.dense, bench)
         bench.score = found['score']
-        log.add(bench, 'dense', 1., found, seconds, 3*bench.flops(bench.dense)*plan.dense_epochs*len(bench.samples['train']))
+        if log.find('dense', bench.seed, 1.) is None: log.add(bench, 'dense', 1., found, seconds, 3*bench.flops(bench.dense)*plan.dense_epochs*len(bench.samples['train']))
     bench.dense = AutoModelForSequenceClassification.from_pretrained(folder).to(default_device()).eval()
     bench.score, bench.answers = found['score'], load_file(folder/'answers.safetensors')['logits']
 
@@ -302,9 +312,11 @@ def run_plan(
     out, task, log = Path(out), TASKS[plan.task], RunLog(Path(out)/'runs.jsonl', plan)
     data = load_task(plan.task, plan.data)
     model, tokenizer = load_dense(plan.model, task)
-    find_agents(model, plan.block)  # what cannot be gated fails here, before anything is trained
     samples = {k: tokenize(task, rows, tokenizer) for k,rows in data.items()}
     tokens = 8*math.ceil(sum(len(x['input_ids']) for x,_ in samples['train'])/len(samples['train'])/8)
+    models = out/'models'/f'{plan.task}-{hashlib.sha1(json.dumps(plan.same()).encode()).hexdigest()[:6]}'
+    floor = price_list(model, find_agents(model, plan.block), tokens).fixed  # what cannot be gated or paid fails here, before anything is trained
+    for b in plan.budgets: check_budget(b, floor)
     steps, market = math.ceil(len(samples['train'])/plan.bs), max(1, plan.epochs//4)
     def cost(m, b): return steps*(plan.dense_epochs if m == 'dense' else b*plan.epochs + (1-b)*market*(m == 'economy'))
     runs = [(s, m, b) for s in range(plan.seeds) for m,b in [('dense', 1.)] + [(m, b) for b in plan.budgets for m in plan.methods]]
@@ -313,11 +325,11 @@ def run_plan(
         for seed in sorted({s for s,*_ in todo}):
             bench = Bench(plan, seed, task, samples, tokenizer, tokens)
             bar.set_description(f'seed {seed}: dense')
-            _prepare(bench, log, out, bar)
+            _prepare(bench, log, models, bar)
             for _, method, budget in (t for t in todo if t[0] == seed and t[1] != 'dense'):
                 bar.set_description(f'seed {seed}: {method} at {budget}')
                 small, seconds, flops = train_run(bench, method, budget, bar)
-                save(small, out/'models'/f'{method}-{budget}-seed{seed}', tokenizer)
+                save(small, models/f'{method}-{budget}-seed{seed}', tokenizer)
                 log.add(bench, method, budget, measure(small, bench), seconds, flops)
     done = log.runs()
     return done[[(r.seed, r.method, r.budget) in runs for r in done.itertuples()]]

@@ -47,11 +47,12 @@ def read_runs(
         except json.JSONDecodeError: continue
     return pd.DataFrame(runs, columns=None if runs else list(FIELDS))
 
-# %% ../nbs/10_frontier.ipynb #f0073fdd
+# %% ../nbs/10_frontier.ipynb #fbc9c554
 def summarize(
     runs:pd.DataFrame # From `read_runs`
     )->pd.DataFrame: # One row for each model, task, method and budget: `seeds`, mean `achieved`, mean `score` with its 95 % interval `low` to `high`, ...
     "Mean over seeds with a 95 % Student interval"
+    runs = runs.drop_duplicates(['model', 'task', 'method', 'budget', 'seed'], keep='last')  # a run that was repeated counts once
     groups = runs.groupby(['model', 'task', 'method', 'budget'], sort=False)
     res = groups.agg(seeds=('seed', 'nunique'), achieved=('achieved', 'mean'), metric=('metric', 'first'), score=('score', 'mean'), sd=('score', 'std'),
                      dense=('dense', 'mean'), latency_ratio=('latency_ratio', 'mean'), params=('params', 'mean'), train_seconds=('train_seconds', 'mean')).reset_index()

@@ -76,7 +76,7 @@ class HardConcreteGate(Gate):
         low, high = STRETCH
         return torch.sigmoid(logits - self.beta*math.log(-low/high))
 
-# %% ../nbs/02_gates.ipynb #d271ef36
+# %% ../nbs/02_gates.ipynb #71c9f275
 def attach_gate(
     site:Site, # Where
     shares:Callable[[],torch.Tensor] # Gives the open shares: `(n,)`, or `(batch, n)` with one row for each sequence
@@ -86,4 +86,5 @@ def attach_gate(
         x, z = args[0], shares()                      # (..., n*width)
         if z.ndim == 2: z = z.view(len(z), *[1]*(x.ndim-2), -1)  # (batch, 1, n)
         return (x.unflatten(-1, (site.n, -1))*z.unsqueeze(-1).to(x.dtype)).flatten(-2), *args[1:]
+    hook.is_gate = True
     return site.out.register_forward_pre_hook(hook)

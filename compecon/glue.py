@@ -21,7 +21,7 @@ from sklearn.metrics import accuracy_score, matthews_corrcoef
 
 from .callback import hf_collate
 
-# %% ../nbs/13_glue.ipynb #6096a401
+# %% ../nbs/13_glue.ipynb #4ab8bfc0
 def _matthews(preds, labels): return matthews_corrcoef(labels, preds)
 def _accuracy(preds, labels): return accuracy_score(labels, preds)
 def _pearson(preds, labels): return pearsonr(preds, labels).statistic
@@ -48,11 +48,13 @@ def score(
     labels:torch.Tensor # `(samples,)`
     )->dict[str,float]: # Every metric of the task; a correlation with a constant is 0
     "Score predictions by the metrics of a task"
+    if logits.shape[-1] != task.classes: raise ValueError(f'{logits.shape[-1]} outputs for {task.name}, which has {task.classes}')
+    if not logits.isfinite().all(): raise ValueError('predictions are not finite: training has diverged')
     preds = logits.squeeze(-1) if task.classes == 1 else logits.argmax(-1)
     with np.errstate(all='ignore'): found = {k: float(m(preds.cpu().numpy(), labels.cpu().numpy())) for k,m in task.metrics.items()}
     return {k: 0. if np.isnan(v) else v for k,v in found.items()}
 
-# %% ../nbs/13_glue.ipynb #ec644c3f
+# %% ../nbs/13_glue.ipynb #31982ecb
 def check_rows(
     task:Task, # What they should be
     rows:datasets.Dataset, # One split
@@ -62,6 +64,8 @@ def check_rows(
     wanted = [*task.columns, 'label']
     if len(rows) == 0: raise ValueError(f'{where} is empty')
     if not set(wanted) <= set(rows.column_names): raise ValueError(f'{where} has columns {rows.column_names}, {task.name} needs {wanted}')
+    for c in wanted:
+        if any(v is None for v in rows[c]): raise ValueError(f'{where} has rows without {c}')
     labels = np.asarray(rows['label'])
     if task.classes > 1 and not set(np.unique(labels)) <= set(range(task.classes)):
         raise ValueError(f'{where} has labels {sorted(set(labels.tolist()))[:5]}, {task.name} has 0 to {task.classes-1}')
@@ -76,7 +80,9 @@ def _from_folder(stem):
     found = next((f for f in (stem.with_suffix('.jsonl'), stem.with_suffix('.csv')) if f.is_file()), None)
     if found is None: raise ValueError(f'{stem}.jsonl is missing: `nyu-mll/glue` on the Hugging Face hub has it')
     if found.stat().st_size == 0: raise ValueError(f'{found} is empty')
-    return datasets.load_dataset('csv' if found.suffix == '.csv' else 'json', data_files=str(found), split='train'), str(found)
+    kind = 'csv' if found.suffix == '.csv' else 'json'
+    try: return datasets.load_dataset(kind, data_files=str(found), split='train'), str(found)
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as e: raise ValueError(f'{found} cannot be read as {kind}, or is empty: {e}') from e
 
 def load_glue(
     name:str, # 'cola', 'stsb' or 'mnli'

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from .agents import Site, find_agents, width_out
 from .economy import Economy
 
-# %% ../nbs/08_settle.ipynb #45efc22c
+# %% ../nbs/08_settle.ipynb #5ba07eec
 def _keep(projection, features, dim): # dim 1: input features, dim 0: output features
     w = projection.weight.data
     projection.weight = nn.Parameter(w.index_select(1-dim if isinstance(projection, Conv1D) else dim, features), projection.weight.requires_grad)
@@ -36,6 +36,9 @@ def cut(
     "Cut the agents that do not stay out of the weights of a site, in place"
     if stay.shape != (site.n,): raise ValueError(f'{site!r}: {tuple(stay.shape)} flags for {site.n} agents')
     if stay.all(): return
+    if site.fused > 1 and not stay.any():  # a fused projection cannot be split into three parts of nothing
+        stay = torch.arange(site.n) == 0
+        site.out.weight.data.zero_()
     device, fused = site.out.weight.device, site.fused
     def features(width): return torch.arange(site.n*width).view(site.n, width)[stay.cpu()].flatten().to(device)
     out = features(site.width)
@@ -46,7 +49,7 @@ def cut(
     _keep(site.out, out, 1)
     for module, name in site.sizes: setattr(module, name, len(out))
 
-# %% ../nbs/08_settle.ipynb #195a89c8
+# %% ../nbs/08_settle.ipynb #384160fd
 def _shrink(model, kept, block):
     "Cut a model, in place, down to `kept`: for each site the list of agents that stay"
     sites = find_agents(model, block)
@@ -66,10 +69,10 @@ def settle(
     "Make the present open set permanent"
     if not economy.gate.hard: raise ValueError('the gates are still soft: `economy.clear(budget)` decides who stays')
     model = copy.deepcopy(economy.model)
-    for m in model.modules(): m._forward_pre_hooks.clear()
+    for m in model.modules(): m._forward_pre_hooks.clear(); m._forward_pre_hooks_with_kwargs.clear()
     return _shrink(model, [o.nonzero().flatten().tolist() for o in economy.split(economy.open)], economy.block)
 
-# %% ../nbs/08_settle.ipynb #1ab39fa3
+# %% ../nbs/08_settle.ipynb #dbb045ce
 def save(
     model:nn.Module, # A settled (or any other) Hugging Face model
     folder:str|Path, # Where; replaced if it exists
@@ -81,8 +84,11 @@ def save(
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
     if tokenizer is not None: tokenizer.save_pretrained(part)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(old := folder.with_name(folder.name + '.old'), ignore_errors=True)
+        os.replace(folder, old)
     os.replace(part, folder)
+    shutil.rmtree(folder.with_name(folder.name + '.old'), ignore_errors=True)
     return folder
 
 def load(
@@ -100,5 +106,6 @@ def load(
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise ValueError(f'{folder}: {config.architectures} is no model of transformers')
     model = _shrink(cls(config), described['kept'], described['block'])
-    load_model(model.to(config.dtype or torch.float32), folder/'model.safetensors')
+    for p in model.parameters(): p.data = p.data.to(config.dtype or torch.float32)  # parameters only: buffers keep their precision
+    load_model(model, folder/'model.safetensors')
     return model.eval()

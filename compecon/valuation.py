@@ -22,19 +22,14 @@ def random_values(
     lot = torch.rand(len(economy), generator=torch.Generator().manual_seed(seed))
     return lot.to(economy.log_values.device)
 
-# %% ../nbs/07_valuation.ipynb #2bf13065
+# %% ../nbs/07_valuation.ipynb #405acf85
 def magnitude(
     economy:Economy # Whose agents to appraise
     )->torch.Tensor: # `(agents,)`: valuations
-    "Valuations by mean squared weight, relative to the mean of the site"
-    def squares(p, dim): # Per feature on one side of a projection
-        return (p.weight.detach() if isinstance(p, Conv1D) else p.weight.detach().T).square().mean(dim)
-    scores = []
-    for s in economy.sites:
-        read = sum(squares(r, 0).view(s.fused, s.n, -1).mean((0, 2)) for r in s.reads)
-        score = read/len(s.reads) + squares(s.out, 1).view(s.n, -1).mean(1)
-        scores.append(score/score.mean())
-    return torch.cat(scores)
+    "Valuations by the mean squared weight with which an agent writes"
+    def written(projection): # (in, out)
+        return projection.weight.detach() if isinstance(projection, Conv1D) else projection.weight.detach().T
+    return torch.cat([written(s.out).square().reshape(s.n, -1).mean(1) for s in economy.sites])
 
 # %% ../nbs/07_valuation.ipynb #9c392b8c
 def taylor(
