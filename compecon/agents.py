@@ -75,7 +75,7 @@ class Site:
     def weights(self): return sum(width_out(r)*width_in(r) for r in self.reads) + width_in(self.out)*width_out(self.out)
     def __repr__(self): return f'Site({self.name}: {self.n} {self.kind}s of {self.width})'
 
-# %% ../nbs/01_agents.ipynb #dfe26570
+# %% ../nbs/01_agents.ipynb #e7b3a6bb
 def _check_block(neurons, block):
     if block < 1 or neurons % block:
         near = min((d for d in range(1, neurons+1) if neurons % d == 0), key=lambda d: abs(d-block))
@@ -83,7 +83,7 @@ def _check_block(neurons, block):
     return neurons//block
 
 def find_agents(
-    model:nn.Module, # A Hugging Face model of a family in `FAMILIES`
+    model:nn.Module, # A Hugging Face model of a family in FAMILIES
     block:int=32 # Neurons per block; must divide the width of every FFN
     )->list[Site]: # Two sites a layer, attention first
     "The sites of a model, layer by layer; raises `ValueError` for unknown families, bad blocks and models without layers"

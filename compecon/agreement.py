@@ -38,11 +38,11 @@ def lexicon(
     def side(words): return [w for i,w in enumerate(words) if (i % 3 != 2) == train]
     return dict(noun=side(_NOUNS), laughed=side(_INTRANSITIVE), likes=side(_TRANSITIVE), hurt=side(_PAST), tall=side(_ADJECTIVES), place=side(_PLACES))
 
-# %% ../nbs/13a_agreement.ipynb #d3c2b71a
+# %% ../nbs/13a_agreement.ipynb #05fa908d
 class Grammar:
     "Draws minimal pairs from one side of the lexicon"
     def __init__(self,
-        words:dict[str,list[str]], # From `lexicon`
+        words:dict[str,list[str]], # From lexicon
         rng:random.Random # Source of the draws
         ):
         self.words, self.rng = words, rng
@@ -94,10 +94,10 @@ PHENOMENA = {
     'agreement across a relative clause': lambda g, p: _verb_agreement(g, p, ['who', 'whom']),
     'coordination': _coordination, 'reflexive': _reflexive, 'negative polarity': _polarity, 'demonstrative': _demonstrative}
 
-# %% ../nbs/13a_agreement.ipynb #881baa6d
+# %% ../nbs/13a_agreement.ipynb #ebd5d66d
 def load_agreement(
     train:int=2000, # Sentences to learn from; even
-    validation:int=1000, # Sentences to be tested on; even
+    validation:int=800, # Sentences to be tested on; even
     seed:int=0 # Of the draws
     )->dict[str,datasets.Dataset]: # 'train' and 'validation': 'sentence', 'label' (1 is acceptable), 'phenomenon', 'idx'
     "Generate the agreement task"

@@ -53,16 +53,16 @@ def _hf_model(model):
     if found is None: raise ValueError(f'no Hugging Face model inside {type(model).__name__}: an economy needs a `PreTrainedModel`')
     return found
 
-# %% ../nbs/06_callback.ipynb #2f331171
+# %% ../nbs/06_callback.ipynb #419bd327
 class EconomyCallback(Callback):
     "Train a model as an economy: anneal the price of compute, charge for it, and record what happens"
     order, run_valid, name = MixedPrecision.order + 2, False, 'economy_callback'
     def __init__(self,
-        market, # A budget, as a share of the whole model's compute (`ClearedMarket`), or a market from `compecon.market`
+        market, # A budget, as a share of the whole model's compute (ClearedMarket), or a market from compecon.market
         economy:Economy|None=None, # The economy; made from the Learner's model if `None`
         bid_lr:float=0.05, # Learning rate of log valuations (Adam)
         measure:bool=True, # Start from marginal values measured in warm-up? If not, from the valuations that `economy` has
-        **kwargs # Of `Economy`, if one is made: `tokens`, `block`, `gate`
+        **kwargs # Of Economy, if one is made: `tokens`, `block`, `gate`
         ):
         self.market = ClearedMarket(market) if isinstance(market, (int, float)) else market
         self.economy, self.bid_lr, self.measure, self.kwargs, self.history = economy, bid_lr, measure, kwargs, []

@@ -17,9 +17,9 @@ import typer
 
 from .frontier import pareto, plot_frontier, summarize
 
-# %% ../nbs/17_cli.ipynb #b9326c42
+# %% ../nbs/17_cli.ipynb #67b2c59e
 def frontier_table(
-    runs:pd.DataFrame # From `compecon.frontier.read_runs`
+    runs:pd.DataFrame # From compecon.frontier.read_runs
     )->pd.DataFrame: # One row for each method and budget, means over seeds; `front` marks the Pareto frontier, `points` is the change from dense in hundredths of the metric
     "The table that a frontier is read from"
     table = summarize(runs)
@@ -30,7 +30,7 @@ def frontier_table(
     return res.sort_values(['budget', 'method'], ascending=[False, True]).reset_index(drop=True)
 
 def write_report(
-    runs:pd.DataFrame, # From `compecon.frontier.read_runs`, of one model and task
+    runs:pd.DataFrame, # From compecon.frontier.read_runs, of one model and task
     out:str|Path # Folder for `table.md`, `table.csv`, `frontier.png`
     )->pd.DataFrame: # The table
     "Write the table and the plot of a frontier"

@@ -41,10 +41,10 @@ class PriceList:
         closed = (1 - shares.to(self.costs.dtype)) @ self.costs.to(shares.device)
         return 1 - closed
 
-# %% ../nbs/03_cost.ipynb #bf34791c
+# %% ../nbs/03_cost.ipynb #035219ab
 def price_list(
     model:nn.Module, # A Hugging Face model
-    sites:list[Site], # Its sites, from `find_agents`
+    sites:list[Site], # Its sites, from find_agents
     tokens:int=128 # Length of the sequences that the model will see
     )->PriceList: # In FLOPs
     "Price the agents of a model in FLOPs; raises `ValueError` if the model cannot take sequences of this length"

@@ -17,13 +17,13 @@ from .agents import find_agents
 from .cost import check_budget, check_price, price_list
 from .gates import AnnealedGate, Gate, attach_gate
 
-# %% ../nbs/04_economy.ipynb #f367dde9
+# %% ../nbs/04_economy.ipynb #e5c1fc85
 class GatedModel:
     "Gates on every site of a model, fed from one vector of logits"
     def __init__(self,
-        model:nn.Module, # A Hugging Face model of a family in `compecon.agents.FAMILIES`; gates are hung on it
+        model:nn.Module, # A Hugging Face model of a family in compecon.agents.FAMILIES; gates are hung on it
         block:int=32, # Neurons per FFN block
-        gate:Gate|None=None, # How agents open and close; an `AnnealedGate` if `None`
+        gate:Gate|None=None, # How agents open and close; an AnnealedGate if `None`
         ):
         self.model, self.gate, self.block, self.sites = model, gate or AnnealedGate(), block, find_agents(model, block)
         if any(getattr(h, 'is_gate', False) for s in self.sites for h in s.out._forward_pre_hooks.values()):
@@ -60,14 +60,14 @@ class GatedModel:
         "Take the gates off the model"
         while self._handles: self._handles.pop().remove()
 
-# %% ../nbs/04_economy.ipynb #6c72c272
+# %% ../nbs/04_economy.ipynb #f1dfce43
 class Economy(GatedModel):
     "A model as an economy: agents with valuations, a price list, and a price"
     def __init__(self,
-        model:nn.Module, # A Hugging Face model of a family in `compecon.agents.FAMILIES`; gates are hung on it
+        model:nn.Module, # A Hugging Face model of a family in compecon.agents.FAMILIES; gates are hung on it
         tokens:int=128, # Length of the sequences it will see, for the price list
         block:int=32, # Neurons per FFN block
-        gate:Gate|None=None, # How agents open and close; an `AnnealedGate` if `None`
+        gate:Gate|None=None, # How agents open and close; an AnnealedGate if `None`
         ):
         super().__init__(model, block, gate)
         self.prices = price_list(model, self.sites, tokens)

@@ -77,7 +77,7 @@ def load_dense(
     try: return AutoModelForSequenceClassification.from_pretrained(source, config=config, ignore_mismatched_sizes=True), tokenizer
     except OSError as e: raise missing(e) from e
 
-# %% ../nbs/13b_experiment.ipynb #dbc2d73f
+# %% ../nbs/13b_experiment.ipynb #f576d964
 class _Quiet(Callback):
     "No validation while training; move a progress bar"
     def __init__(self, bar, weight): self.bar, self.weight = bar, weight
@@ -88,7 +88,7 @@ class _Quiet(Callback):
 def finetune(
     model:nn.Module, # A Hugging Face model
     task:Task, # Says what the loss is
-    samples:list[tuple[dict,object]], # From `tokenize`
+    samples:list[tuple[dict,object]], # From tokenize
     epochs:int, # Passes over the samples; with 0 the model is left as it is
     lr:float=5e-5, # Peak learning rate of one cycle
     bs:int=32, # Batch size
@@ -108,10 +108,10 @@ def finetune(
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr)
     return time.perf_counter() - start
 
-# %% ../nbs/13b_experiment.ipynb #10c7fd19
+# %% ../nbs/13b_experiment.ipynb #f55f73cd
 def predict(
     model:nn.Module, # A Hugging Face model
-    samples:list[tuple[dict,object]], # From `tokenize`, with `idx` from 0 on
+    samples:list[tuple[dict,object]], # From tokenize, with `idx` from 0 on
     bs:int=64 # Batch size
     )->torch.Tensor: # `(samples, classes)`: logits, in the order of `idx`, on the CPU
     "Logits of all samples, in evaluation mode"
@@ -126,39 +126,40 @@ def predict(
 def evaluate(
     model:nn.Module, # A Hugging Face model
     task:Task, # Whose metrics
-    samples:list[tuple[dict,object]] # From `tokenize`
+    samples:list[tuple[dict,object]] # From tokenize
     )->dict[str,float]: # Every metric; the first is the score
     "Score a model on a task"
     return score(task, predict(model, samples), torch.tensor([y for _,y in samples]))
 
-# %% ../nbs/13b_experiment.ipynb #bc75e88e
+# %% ../nbs/13b_experiment.ipynb #c89d4c83
 TASKS = {'agreement': AGREEMENT, **GLUE}
 
 def load_task(
-    name:str, # A name in `TASKS`
-    folder:str|Path|None=None # For GLUE, see `compecon.glue.load_glue`
+    name:str, # A name in TASKS
+    folder:str|Path|None=None # For GLUE, see compecon.glue.load_glue
     )->dict: # 'train' and 'validation'
     "The data of a task; raises `ValueError` naming the known ones"
     if name not in TASKS: raise ValueError(f'unknown task {name!r}: there are {", ".join(TASKS)}')
     return load_agreement() if name == 'agreement' else load_glue(name, folder)
 
-# %% ../nbs/13b_experiment.ipynb #031a2a40
+# %% ../nbs/13b_experiment.ipynb #f7e44a12
 METHODS = 'economy', *VALUATIONS
-DEFAULTS = {t: dict(epochs=3, dense_epochs=3, lr=5e-5, bs=32) for t in GLUE} | {'agreement': dict(epochs=2, dense_epochs=3, lr=1e-4, bs=16)}
+DEFAULTS = {t: dict(epochs=3, dense_epochs=3, lr=5e-5, bs=32, frozen=False) for t in GLUE} | {'agreement': dict(epochs=2, dense_epochs=3, lr=1e-4, bs=16, frozen=True)}
 
 @dataclass(frozen=True)
 class Plan:
     "A frontier experiment; raises `ValueError` if it cannot be"
     model: str=MINILM       # 'minilm', a folder, or a name on the hub
-    task: str='agreement'   # A name in `TASKS`
+    task: str='agreement'   # A name in TASKS
     data: str|None=None     # Folder with `glue/<task>/<split>.jsonl`; the hub if `None`
     budgets: tuple[float,...]=(0.4, 0.2) # Shares of the dense model's FLOPs
     seeds: int=1            # How many; they are 0, 1, ...
-    epochs: int|None=None   # After the dense fine-tune, for every method; `DEFAULTS` if `None`
-    dense_epochs: int|None=None # Of the dense fine-tune; `DEFAULTS` if `None`
-    methods: tuple[str,...]=METHODS # Names in `METHODS`
-    lr: float|None=None     # Peak learning rate, of all training; `DEFAULTS` if `None`
-    bs: int|None=None       # Batch size; `DEFAULTS` if `None`
+    epochs: int|None=None   # After the dense fine-tune, for every method; DEFAULTS if `None`
+    dense_epochs: int|None=None # Of the dense fine-tune; DEFAULTS if `None`
+    methods: tuple[str,...]=METHODS # Names in METHODS
+    lr: float|None=None     # Peak learning rate, of all training; DEFAULTS if `None`
+    bs: int|None=None       # Batch size; DEFAULTS if `None`
+    frozen: bool|None=None  # Leave token embeddings as the dense fine-tune made them? `DEFAULTS` if `None`
     block: int=32           # Neurons per agent
 
     def __post_init__(self):
@@ -176,7 +177,7 @@ class Plan:
     def same(self): # What two runs must share to be the same run
         return {k: v for k,v in asdict(self).items() if k not in ('budgets', 'seeds', 'methods')}
 
-# %% ../nbs/13b_experiment.ipynb #70e2c65f
+# %% ../nbs/13b_experiment.ipynb #80a3b361
 @dataclass
 class Bench:
     "What the runs of one seed share: task, samples, dense model, its answers, and the cost of a sequence"
@@ -197,13 +198,14 @@ class Bench:
 
 def train_run(
     bench:Bench, # With its dense model
-    method:str, # A name in `METHODS`
+    method:str, # A name in METHODS
     budget:float, # Share of the dense model's FLOPs
     bar:tqdm|None=None # Moved as training goes on
     )->tuple[nn.Module,float,float]: # The settled, recovered model, training seconds, and training FLOPs (forward and backward are 3 forwards)
     "Choose agents, settle, recover"
     plan, samples, start = bench.plan, bench.samples['train'], time.perf_counter()
     model = copy.deepcopy(bench.dense)
+    model.get_input_embeddings().requires_grad_(not plan.frozen)  # half of MiniLM's weights, and no agent's
     economy = Economy(model, tokens=bench.tokens, block=plan.block)
     train = partial(finetune, task=bench.task, samples=samples, lr=plan.lr, bs=plan.bs, bar=bar)
     total, market = economy.prices.total, 0
@@ -219,7 +221,7 @@ def train_run(
     looked = market*len(samples) if method == 'economy' else min(512, len(samples))*(method == 'taylor')
     return small, time.perf_counter() - start, 3*total*(looked + share*(plan.epochs - market)*len(samples))
 
-# %% ../nbs/13b_experiment.ipynb #50e0ae0e
+# %% ../nbs/13b_experiment.ipynb #dbf4c336
 def _commit():
     "The commit of this package's own files, `-dirty` if they were changed since"
     def git(*args): return subprocess.run(['git', '-C', str(Path(importlib.util.find_spec('compecon').origin).parent), *args], capture_output=True, text=True, check=True).stdout.strip()
@@ -250,7 +252,7 @@ def measure(
     model:nn.Module, # A settled model
     bench:Bench, # With the dense model
     batch:int=8 # Sequences at once
-    )->dict: # `achieved`, `score`, `metrics`, `params`, and latency against dense with quartiles
+    )->dict: # `achieved`, score, `metrics`, `params`, and latency against dense with quartiles
     "Audit, time and score a settled model"
     metrics = evaluate(model, bench.task, bench.samples['validation'])
     ids = torch.ones(batch, bench.tokens, dtype=torch.long, device=next(model.parameters()).device)

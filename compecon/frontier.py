@@ -15,13 +15,13 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from scipy.stats import t as student_t
 
-# %% ../nbs/10_frontier.ipynb #9bfe69a8
+# %% ../nbs/10_frontier.ipynb #622d9ae1
 FIELDS = dict(model=str, task=str, split=str, method=str, seed=int, unit=str, budget=float, achieved=float, metric=str, score=float,
               dense=float, epochs=float, train_seconds=float, train_flops=float, params=int, latency_ratio=float,
               device=str, threads=int, versions=dict, commit=str, when=str)
 
 def append_run(
-    run:dict, # With all of `FIELDS`; more are welcome
+    run:dict, # With all of FIELDS; more are welcome
     path:str|Path # A file of JSON lines; made with its folders if it does not exist
     )->dict: # The same record
     "Append a record to disk; raises `ValueError` if it is incomplete or holds what cannot be"
@@ -47,10 +47,10 @@ def read_runs(
         except json.JSONDecodeError: continue
     return pd.DataFrame(runs, columns=None if runs else list(FIELDS))
 
-# %% ../nbs/10_frontier.ipynb #fbc9c554
+# %% ../nbs/10_frontier.ipynb #c5216b8c
 def summarize(
-    runs:pd.DataFrame # From `read_runs`
-    )->pd.DataFrame: # One row for each model, task, method and budget: `seeds`, mean `achieved`, mean `score` with its 95 % interval `low` to `high`, ...
+    runs:pd.DataFrame # From read_runs
+    )->pd.DataFrame: # One row for each model, task, method and budget: `seeds`, mean `achieved`, mean score with its 95 % interval `low` to `high`, ...
     "Mean over seeds with a 95 % Student interval"
     runs = runs.drop_duplicates(['model', 'task', 'method', 'budget', 'seed'], keep='last')  # a run that was repeated counts once
     groups = runs.groupby(['model', 'task', 'method', 'budget'], sort=False)
@@ -69,11 +69,11 @@ def pareto(
     ordered = points.sort_values([cost, quality], ascending=[True, False])
     return ordered[ordered[quality] > ordered[quality].cummax().shift(fill_value=-math.inf)]
 
-# %% ../nbs/10_frontier.ipynb #1948463e
+# %% ../nbs/10_frontier.ipynb #4b801be9
 _COLORS = {'dense': 'black', 'economy': 'C0', 'taylor': 'C1', 'magnitude': 'C2', 'random': 'C7'}
 
 def plot_frontier(
-    runs:pd.DataFrame, # From `read_runs`, of one model and task
+    runs:pd.DataFrame, # From read_runs, of one model and task
     ax=None # Matplotlib axes; new ones if `None`
     ): # The axes
     "Quality against achieved compute, one colour a method, with intervals over seeds"

@@ -97,19 +97,19 @@ def load_glue(
         read[split] = rows.remove_columns('idx' if 'idx' in rows.column_names else []).add_column('idx', list(range(len(rows))))
     return read
 
-# %% ../nbs/13_glue.ipynb #b71432de
+# %% ../nbs/13_glue.ipynb #4576fd67
 def tokenize(
     task:Task, # Which columns to read
     rows:datasets.Dataset, # One split
     tokenizer # Of the model
-    )->list[tuple[dict,object]]: # Samples for `hf_collate`: `({'input_ids', ..., 'idx'}, label)`
+    )->list[tuple[dict,object]]: # Samples for hf_collate: `({'input_ids', ..., 'idx'}, label)`
     "Tokenise one split of a task"
     texts = tokenizer(*(list(rows[c]) for c in task.columns), truncation=True, max_length=task.max_length)
     kind = float if task.classes == 1 else int
     return [({**{k: v[i] for k,v in texts.items()}, 'idx': idx}, kind(y)) for i,(idx,y) in enumerate(zip(rows['idx'], rows['label']))]
 
 def length_sorted(
-    samples:list[tuple[dict,object]], # From `tokenize`
+    samples:list[tuple[dict,object]], # From tokenize
     bs:int=32, # Texts a batch
     shuffle:bool=False, # In training
     pad_id:int=0 # Padding token

@@ -72,7 +72,7 @@ def settle(
     for m in model.modules(): m._forward_pre_hooks.clear(); m._forward_pre_hooks_with_kwargs.clear()
     return _shrink(model, [o.nonzero().flatten().tolist() for o in economy.split(economy.open)], economy.block)
 
-# %% ../nbs/08_settle.ipynb #dbb045ce
+# %% ../nbs/08_settle.ipynb #e3c5c3fa
 def save(
     model:nn.Module, # A settled (or any other) Hugging Face model
     folder:str|Path, # Where; replaced if it exists
@@ -92,7 +92,7 @@ def save(
     return folder
 
 def load(
-    folder:str|Path # Written by `save`
+    folder:str|Path # Written by save
     )->nn.Module: # The settled model, in evaluation mode
     "Read a settled model; raises `ValueError` if the folder does not hold one"
     folder = Path(folder)

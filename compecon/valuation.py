@@ -31,10 +31,10 @@ def magnitude(
         return projection.weight.detach() if isinstance(projection, Conv1D) else projection.weight.detach().T
     return torch.cat([written(s.out).square().reshape(s.n, -1).mean(1) for s in economy.sites])
 
-# %% ../nbs/07_valuation.ipynb #9c392b8c
+# %% ../nbs/07_valuation.ipynb #a92efb8f
 def taylor(
     economy:Economy, # Whose agents to appraise; all of them are opened for it
-    batches:Iterable[tuple[Mapping,torch.Tensor]], # Pairs of inputs and labels, as `compecon.callback.hf_collate` makes them
+    batches:Iterable[tuple[Mapping,torch.Tensor]], # Pairs of inputs and labels, as compecon.callback.hf_collate makes them
     loss_func:Callable # `loss_func(logits, labels)` gives the mean loss
     )->torch.Tensor: # `(agents,)`: valuations, in loss per whole model of compute
     "Valuations by first-order Taylor expansion (Michel et al. 2019, arXiv 1905.10650, equation 2)"
@@ -50,7 +50,7 @@ def taylor(
     if not samples: raise ValueError('first-order Taylor needs at least one batch')
     return total/samples/economy.prices.costs.to(device)
 
-# %% ../nbs/07_valuation.ipynb #19641da8
+# %% ../nbs/07_valuation.ipynb #9a661695
 VALUATIONS = {
     'random': lambda economy, batches, loss_func, seed: random_values(economy, seed),
     'magnitude': lambda economy, batches, loss_func, seed: magnitude(economy),
@@ -59,7 +59,7 @@ VALUATIONS = {
 
 def appraise(
     economy:Economy, # Whose agents to appraise; its valuations are set
-    method:str, # A name in `VALUATIONS`
+    method:str, # A name in VALUATIONS
     batches:Iterable[tuple[Mapping,torch.Tensor]]=(), # Data for the methods that look at data
     loss_func:Callable|None=None, # `loss_func(logits, labels)` for those that look at the loss
     seed:int=0, # For those that draw
