@@ -94,10 +94,10 @@ PHENOMENA = {
     'agreement across a relative clause': lambda g, p: _verb_agreement(g, p, ['who', 'whom']),
     'coordination': _coordination, 'reflexive': _reflexive, 'negative polarity': _polarity, 'demonstrative': _demonstrative}
 
-# %% ../nbs/13a_agreement.ipynb #ebd5d66d
+# %% ../nbs/13a_agreement.ipynb #426b7f6b
 def load_agreement(
     train:int=2000, # Sentences to learn from; even
-    validation:int=800, # Sentences to be tested on; even
+    validation:int=600, # Sentences to be tested on; even
     seed:int=0 # Of the draws
     )->dict[str,datasets.Dataset]: # 'train' and 'validation': 'sentence', 'label' (1 is acceptable), 'phenomenon', 'idx'
     "Generate the agreement task"
