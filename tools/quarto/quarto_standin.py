@@ -62,6 +62,7 @@ def render_markdown(notebook, name):
             if 'image/png' in data:
                 (out/images/f'{n}-{i}.png').write_bytes(base64.b64decode(data['image/png']))
                 parts.append(f'![]({images}/{n}-{i}.png)')
+            elif 'text/html' in data: parts.append(re.sub(r'<style.*?</style>|\n\s*', '', data['text/html'], flags=re.S))
             elif 'text/markdown' in data: parts.append(data['text/markdown'])
             else: parts.append(f'```\n{data.get("text/plain", "").rstrip()}\n```')
     parts = [re.sub(r'\A---\n.*?\n---\n', '', p, flags=re.S) for p in parts]
