@@ -156,7 +156,7 @@ class Plan:
     seeds: int=1            # How many; they are 0, 1, ...
     epochs: int|None=None   # After the dense fine-tune, for every method; DEFAULTS if `None`
     dense_epochs: int|None=None # Of the dense fine-tune; DEFAULTS if `None`
-    methods: tuple[str,...]=('economy', 'magnitude', 'taylor') # Names in METHODS
+    methods: tuple[str,...]=('economy', 'taylor') # Names in METHODS
     lr: float|None=None     # Peak learning rate, of all training; DEFAULTS if `None`
     bs: int|None=None       # Batch size; DEFAULTS if `None`
     frozen: bool|None=None  # Leave token embeddings as the dense fine-tune made them? `DEFAULTS` if `None`
