@@ -71,7 +71,8 @@ def render_markdown(notebook, name):
 
 
 def main():
-    quarto, args = real_quarto(), sys.argv[1:]
+    quarto, args = None if 'QUARTO_STANDIN' in os.environ else real_quarto(), sys.argv[1:]
+    os.environ['QUARTO_STANDIN'] = '1'  # what is found may be another stand-in, which must not look for this one
     if quarto: os.execv(quarto, [quarto, *args])
     if args[:1] == ['render'] and '-o' in args: sys.exit(render_markdown(args[1], args[args.index('-o') + 1]))
     if args[:1] == ['render']: sys.exit(render_site())
