@@ -15,8 +15,8 @@ from .glue import GLUE, Task
 # %% ../nbs/13a_agreement.ipynb #ff9c8066
 AGREEMENT = Task('agreement', ('sentence',), 2, dict(accuracy=GLUE['mnli'].metrics['accuracy'], matthews=GLUE['cola'].metrics['matthews']))
 
-# %% ../nbs/13a_agreement.ipynb #bf076cb8
-_NOUNS = ('author banker baker boxer broker builder butcher cashier clerk coach dancer dentist doctor driver drummer editor farmer '
+# %% ../nbs/13a_agreement.ipynb #b30800ef
+_NOUNS = ('author banker baker boxer broker builder butcher cashier clerk cook dancer dentist doctor driver drummer editor farmer '
           'gardener guard hunter janitor judge lawyer manager mayor miner nurse officer painter pilot plumber poet porter '
           'priest rider sailor senator singer soldier surgeon tailor teacher trainer waiter writer').split()
 _INTRANSITIVE = ('arrived complained coughed danced jumped laughed listened moved relaxed returned shouted smiled '

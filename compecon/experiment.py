@@ -142,7 +142,7 @@ def load_task(
     if name not in TASKS: raise ValueError(f'unknown task {name!r}: there are {", ".join(TASKS)}')
     return load_agreement() if name == 'agreement' else load_glue(name, folder)
 
-# %% ../nbs/13b_experiment.ipynb #293213df
+# %% ../nbs/13b_experiment.ipynb #f72d2a31
 METHODS = 'economy', *VALUATIONS
 DEFAULTS = {t: dict(epochs=3, dense_epochs=3, lr=5e-5, bs=32, frozen=False) for t in GLUE} | {'agreement': dict(epochs=2, dense_epochs=3, lr=1e-4, bs=16, frozen=True)}
 
