@@ -60,7 +60,7 @@ class GatedModel:
         "Take the gates off the model"
         while self._handles: self._handles.pop().remove()
 
-# %% ../nbs/04_economy.ipynb #f1dfce43
+# %% ../nbs/04_economy.ipynb #ca6a4d07
 class Economy(GatedModel):
     "A model as an economy: agents with valuations, a price list, and a price"
     def __init__(self,
@@ -93,8 +93,7 @@ class Economy(GatedModel):
     def clear(self, budget): # Harden the gates at the lowest price at which demand costs at most `budget`; gives the spend achieved
         check_budget(budget, self.prices.fixed)
         values, order = self.log_values.detach().sort(descending=True)
-        spent = self.prices.fixed + self.prices.costs.to(values.device)[order].double().cumsum(0)
-        unpaid = (spent > budget + 1e-6).nonzero()
+        unpaid = (self.prices.cumulative(order) > budget + 1e-6).nonzero()
         self.log_price = values[unpaid[0, 0]] if len(unpaid) else torch.full_like(values[0], -math.inf)
         self.gate.hard = True
         return self.spend()
@@ -102,17 +101,17 @@ class Economy(GatedModel):
     def __repr__(self): return f'Economy({type(self.model).__name__}: {len(self)} agents, spend {self.spend():.3f} at price {self.price:.3g})'
     def _repr_markdown_(self): return f'{self!r}\n\n' + census(self).to_markdown(index=False, floatfmt='.3f')
 
-# %% ../nbs/04_economy.ipynb #61f362e1
+# %% ../nbs/04_economy.ipynb #bf97dca5
 def census(
     economy:Economy # The economy
     )->pd.DataFrame: # One row a layer and one for the whole: open `heads` and `blocks`, and `spend` as a share of the whole model
     "Who is open, and what it costs"
-    opened, costs = economy.split(economy.open), economy.split(economy.prices.costs)
+    opened, charges = economy.split(economy.open), economy.split(economy.prices.charges(economy.open))
     rows = {}
-    for s,o,c in zip(economy.sites, opened, costs):
-        row = rows.setdefault(str(s.layer), dict(heads='', blocks='', spend=0.))
+    for s,o,c in zip(economy.sites, opened, charges):
+        row = rows.setdefault(s.layer, dict(heads='', blocks='', spend=0.))
         row[s.kind+'s'] = f'{int(o.sum())}/{s.n}'
-        row['spend'] += c[o.cpu()].sum().item()
+        row['spend'] += c.sum().item()
     def total(kind):
         which = [o for s,o in zip(economy.sites, opened) if s.kind == kind]
         return f'{sum(int(o.sum()) for o in which)}/{sum(len(o) for o in which)}'
