@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-# %% ../nbs/01_agents.ipynb #0c4c9324
+# %% ../nbs/01_agents.ipynb #a36bc437
 @dataclass(frozen=True)
 class Part:
     "Where the layers of a model keep one kind of agent"
@@ -29,7 +29,7 @@ class Part:
     head_dim: str='head_dim'# Attribute of `core`: features per head
     counts: tuple[str,...]=() # Attributes of `core` that hold the number of heads
     widths: tuple[str,...]=() # Attributes of `core` that hold the width of all heads
-    bias_at: int|None=None  # Place, among the arguments of `core`, of a bias for each head
+    bias: str=''            # How a `position_bias` for each head arrives: as an 'argument' of `core`, or at the 'attention' function
     without: Callable|None=None # (core, input, written, **kwargs) -> what `core` returns when no head is left, if not `(written, None)`
     repeats: Callable|None=None # config -> how often each layer runs, if more than once
     extra: Callable|None=None # (core, tokens) -> FLOPs for each head beyond projections and products
@@ -58,7 +58,7 @@ def _t5_without(core, x, written, position_bias=None, key_value_states=None, pas
     return written, position_bias, None
 
 def _t5(stack, ffn):
-    def heads(name): return Part('head', f'{stack}.block.*.layer.{name}', ('q', 'k', 'v'), 'o', head_dim='key_value_proj_dim', without=_t5_without)
+    def heads(name): return Part('head', f'{stack}.block.*.layer.{name}', ('q', 'k', 'v'), 'o', head_dim='key_value_proj_dim', bias='attention', without=_t5_without)
     cross = (heads('1.EncDecAttention'),) if stack == 'decoder' else ()
     return heads('0.SelfAttention'), *cross, Part('block', f'{stack}.block.*.layer.{ffn}.DenseReluDense', ('wi', 'wi_0', 'wi_1'), 'wo')
 
@@ -69,7 +69,7 @@ FAMILIES = dict.fromkeys(('bert', 'roberta', 'xlm-roberta', 'electra'), _bert())
     'albert': (_albert('head', '.attention', ('query', 'key', 'value'), 'dense', head_dim='attention_head_size', without=_albert_without),
                _albert('block', '', ('ffn',), 'ffn_output')),
     'modernbert': (Part('head', 'layers.*.attn', ('Wqkv',), 'Wo', fused=3), Part('block', 'layers.*.mlp', ('Wi',), 'Wo', fused=2)),
-    'mpnet': (Part('head', 'encoder.layer.*.attention.attn', ('q', 'k', 'v'), 'o', head_dim='attention_head_size', widths=('all_head_size',), bias_at=2), _bert()[1]),
+    'mpnet': (Part('head', 'encoder.layer.*.attention.attn', ('q', 'k', 'v'), 'o', head_dim='attention_head_size', widths=('all_head_size',), bias='argument'), _bert()[1]),
     'gpt2': (Part('head', 'h.*.attn', ('c_attn',), 'c_proj', fused=3, widths=('split_size',)), Part('block', 'h.*.mlp', ('c_fc',), 'c_proj')),
     'gpt_neox': (Part('head', 'layers.*.attention', ('query_key_value',), 'dense', head_dim='head_size'),
                  Part('block', 'layers.*.mlp', ('dense_h_to_4h',), 'dense_4h_to_h')),

@@ -17,7 +17,7 @@ from .agents import find_agents
 from .cost import check_budget, check_price, price_list
 from .gates import AnnealedGate, Gate, attach_gate
 
-# %% ../nbs/04_economy.ipynb #e5c1fc85
+# %% ../nbs/04_economy.ipynb #225e6723
 class GatedModel:
     "Gates on every site of a model, fed from one vector of logits"
     def __init__(self,
@@ -32,7 +32,9 @@ class GatedModel:
         self.log_values = nn.Parameter(torch.zeros(sum(s.n for s in self.sites), device=device))
         self.log_price = torch.tensor(-math.inf, device=device)
         self.shares = self.forced = None # Open shares in the latest forward pass; shares to use in place of the gates'
-        self._handles = [model.register_forward_pre_hook(lambda *_: self._decide())]
+        def decide(*_): self._decide()
+        decide.is_gate = True
+        self._handles = [model.register_forward_pre_hook(decide)]
         self._handles += [attach_gate(s, lambda i=i: self._pieces[i]) for i,s in enumerate(self.sites)]
 
     def _decide(self):
