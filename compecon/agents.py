@@ -89,7 +89,7 @@ def family_of(
     raise ValueError(f"unknown model family {kind or type(model).__name__!r}: compecon knows {', '.join(sorted(FAMILIES))}. "
                      "Add yours to `compecon.agents.FAMILIES`")
 
-# %% ../nbs/01_agents.ipynb #665178e9
+# %% ../nbs/01_agents.ipynb #af739c14
 _SMALL = dict(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256)
 TINY = {k: ('ForSequenceClassification', _SMALL) for k in ('bert', 'roberta', 'electra', 'mpnet')} | {k: ('ForCausalLM', _SMALL | dict(num_key_value_heads=2, head_dim=8)) for k in ('llama', 'mistral', 'qwen2', 'qwen3', 'gemma2')} | {
     'albert': ('ForSequenceClassification', _SMALL | dict(embedding_size=16, num_hidden_layers=3)),
@@ -106,18 +106,19 @@ def tiny_model(
     family:str, # A name in TINY
     seed:int=0, # Of its random weights
     attention:str|None=None, # 'eager' or 'sdpa'; what transformers would choose if `None`
+    head:str|None=None, # What it is for, as in 'ForMaskedLM'; the usual if `None`
     **changes # Of its configuration
     )->nn.Module: # In evaluation mode
     "A very small model of a family, with random weights"
     if family not in TINY: raise ValueError(f'no tiny model of family {family!r}: there are {", ".join(sorted(TINY))}')
-    head, config = TINY[family]
+    usual, config = TINY[family]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = transformers.AutoConfig.for_model(family, **{'pad_token_id': 0, **config, **changes})
-        cls = getattr(transformers, type(config).__name__.removesuffix('Config') + head)
+        cls = getattr(transformers, type(config).__name__.removesuffix('Config') + (usual if head is None else head))
         model = cls._from_config(config, **({} if attention is None else dict(attn_implementation=attention)))
-        for name, p in model.named_parameters():  # fresh biases are zero and would hide mistakes
-            if name.endswith('bias'): nn.init.normal_(p.data, std=0.1)
+        for name, p in model.named_parameters():  # fresh weights are small and fresh biases zero, and would hide mistakes
+            if name.endswith('bias') or p.ndim > 1: nn.init.normal_(p.data, std=0.15)
     return model.eval()
 
 def example_inputs(
@@ -169,7 +170,7 @@ class Site:
     def weights(self): return sum(width_out(r)*width_in(r) for r in self.reads) + width_in(self.out)*width_out(self.out)
     def __repr__(self): return f'Site({self.name}: {self.n} {self.kind}s of {self.width}' + (f', {len(set(self.shared_by))} shared)' if self.shared_by else ')')
 
-# %% ../nbs/01_agents.ipynb #d01ce8c6
+# %% ../nbs/01_agents.ipynb #8484281c
 def _check_block(neurons, block):
     if block < 1 or neurons % block:
         near = min((d for d in range(1, neurons+1) if neurons % d == 0), key=lambda d: abs(d-block))
@@ -184,7 +185,7 @@ def _shared_by(core, reads, n, dim):
 
 def _site(path, number, part, base, block):
     out, core = _at(base, part.out), _at(base, part.core)
-    if not hasattr(out, 'weight'): return None  # settled: nobody is left here
+    if not out.weight.numel(): return None  # settled: nobody is left here
     reads = tuple(r for p in part.reads if (r := _at(base, p)) is not None)
     if part.kind == 'head':
         n = width_in(out)//getattr(core, part.head_dim)

@@ -42,7 +42,7 @@ def write_report(
     plt.close(figure)
     return table
 
-# %% ../nbs/17_cli.ipynb #6ee574fe
+# %% ../nbs/17_cli.ipynb #14a661bf
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help='Transformers as internal economies: smaller, faster models at any compute budget.')
 
@@ -93,7 +93,7 @@ def frontier(
     typer.echo(f'\n{table.to_markdown(index=False)}\n\nbudget and achieved: FLOPs of the whole model, as a share of dense; latency: time relative to dense; points: hundredths of the metric.'
                f'\nTable, plot and models are in {out}/')
 
-# %% ../nbs/17_cli.ipynb #a85e217d
+# %% ../nbs/17_cli.ipynb #efb487be
 @app.command()
 def evaluate(
     folder:Annotated[str, typer.Argument(help='A settled model, as `compecon frontier` saves it.')],
@@ -104,12 +104,11 @@ def evaluate(
     _quiet()
     from compecon.experiment import TASKS, evaluate as score_model, load_task
     from compecon.glue import tokenize
-    from compecon.settle import load
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
     try:
-        model, rows = load(folder), load_task(task, data)['validation']
+        model, rows = AutoModelForSequenceClassification.from_pretrained(folder).eval(), load_task(task, data)['validation']
         scores = score_model(model, TASKS[task], tokenize(TASKS[task], rows, AutoTokenizer.from_pretrained(folder)))
-    except ValueError as e: _stop(e)
+    except (ValueError, OSError) as e: _stop(e)
     for name, value in scores.items(): typer.echo(f'{name}: {value:.6f}')
 
 def main():

@@ -46,7 +46,7 @@ from .market import ClearedMarket
 from .settle import save, settle
 from .valuation import VALUATIONS, appraise
 
-# %% ../nbs/13b_experiment.ipynb #319123a5
+# %% ../nbs/13b_experiment.ipynb #8efd05aa
 MINILM = 'minilm' # Name of the packaged model
 
 def model_source(
@@ -70,7 +70,6 @@ def load_dense(
     try: config = AutoConfig.from_pretrained(source, num_labels=task.classes)
     except OSError as e: raise missing(e) from e
     if config.model_type not in FAMILIES: raise ValueError(f'{name} is a {config.model_type!r}: compecon knows {", ".join(sorted(FAMILIES))}')
-    if getattr(config, 'compecon', None): raise ValueError(f'{name} is settled already: start from the dense model')
     tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     config.pad_token_id = tokenizer.pad_token_id

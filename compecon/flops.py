@@ -37,7 +37,7 @@ def layer_flops(
                 scores=2*tokens*context*q, mix=2*tokens*context*q, output=2*tokens*q*hidden,
                 **ups, down=2*tokens*neurons*hidden)
 
-# %% ../nbs/00_flops.ipynb #91f03fbf
+# %% ../nbs/00_flops.ipynb #650745d0
 def _sdpa(query, key, value, *_, **__): # (..., T, D); keys and values may have fewer heads
     return 2*math.prod(query.shape[:-1])*key.shape[-2]*(query.shape[-1] + value.shape[-1])
 
@@ -61,7 +61,7 @@ FREE = set("""_local_scalar_dense _nested_tensor_from_mask _nested_tensor_from_m
     all amax amin any arange argmax argmin bernoulli bernoulli_ cat clone constant_pad_nd copy_ cummax cumsum dropout embedding empty empty_like empty_strided eye fill_ flip full full_like gather
     group_norm index index_put index_put_ index_select item lift_fresh linspace logsumexp masked_fill_ masked_select max mean min multinomial native_dropout normal_ native_group_norm
     native_layer_norm new_empty new_full new_ones new_zeros nonzero ones ones_like prod rand rand_like randint randn repeat repeat_interleave resize_ rms_norm _fused_rms_norm roll
-    scalar_tensor scatter scatter_ scatter_add select_scatter slice_scatter sort split_with_sizes_copy stack std sum to_padded_tensor topk tril triu uniform_ unique_dim var var_mean zero_ zeros
+    scalar_tensor scatter scatter_ scatter_add select_scatter slice_scatter sort split_with_sizes_copy stack std sum to_padded_tensor topk tril triu uniform_ unique_consecutive unique_dim var var_mean zero_ zeros
     zeros_like cross_entropy_loss nll_loss_forward""".split())
 
 def _is_free(op):

@@ -63,18 +63,23 @@ def _biased(core, hidden_states, attention_mask=None, position_bias=None, *args,
     if position_bias is not None: position_bias = position_bias.index_select(1, core.bias_index)
     return type(core).forward(core, hidden_states, attention_mask, position_bias, *args, **kwargs)
 
-# %% ../nbs/08_settle.ipynb #ee85a031
+# %% ../nbs/08_settle.ipynb #17d1f928
 class Nothing(nn.Module):
     "An input projection to no features"
+    def __init__(self):
+        super().__init__()
+        self.bias = None
+        self.register_buffer('weight', torch.empty(0, 0), persistent=False)  # some models ask for it
     def forward(self, x): return x.new_empty(*x.shape[:-1], 0)
 
-class Bias(nn.Module):
+class Bias(Nothing):
     "What remains of an output projection that nobody writes through"
     def __init__(self,
         projection:nn.Module # `nn.Linear` or `Conv1D`
         ):
         super().__init__()
         self.out_features = width_out(projection)
+        del self.bias
         self.register_parameter('bias', projection.bias)
     def forward(self, x): return x.new_zeros(*x.shape[:-1], self.out_features) if self.bias is None else self.bias.expand(*x.shape[:-1], -1)
 
@@ -89,16 +94,10 @@ def _attend_nobody(core, out, without, hidden_states, *args, **kwargs):
         cache.update(token, token, core.layer_idx)
     return result
 
-def _put(base, path, module): # module `None` takes it away
-    parent, _, name = path.rpartition('.')
-    parent = base.get_submodule(parent) if parent else base
-    delattr(parent, name) if module is None else setattr(parent, name, module)
-
 def _close(site):
-    part = site.part
-    for path, read in ((p, r) for p in part.reads for r in site.reads if dict(site.base.named_modules()).get(p) is r):
-        _put(site.base, path, Nothing() if part.kind == 'block' else None)
-    _put(site.base, part.out, Bias(site.out))
+    part, paths = site.part, {m: path for path,m in site.base.named_modules()}
+    for read in site.reads: site.base.set_submodule(paths[read], Nothing())
+    site.base.set_submodule(part.out, Bias(site.out))
     if part.kind == 'head':
         site.core.forward = partial(_attend_nobody, site.core, '' if part.core else part.out, part.without)
 
@@ -183,7 +182,7 @@ def settle(
     model.config.quantization_config = SettledConfig(kept={**earlier, **now}, block=economy.block)
     return model
 
-# %% ../nbs/08_settle.ipynb #9137e982
+# %% ../nbs/08_settle.ipynb #e580af06
 class SettledConfig(QuantizationConfigMixin):
     "The entry `quantization_config` of a settled model's configuration"
     def __init__(self,
@@ -208,7 +207,7 @@ def _check_shapes(model, files):
         except (SafetensorError, OSError) as e: raise ValueError(f'{file} is not whole: {e}') from None
         for key, shape in found.items():
             name = next((k for k in (key, prefix + key, key.removeprefix(prefix)) if k in expected), None)
-            if name and expected[name] != shape: raise ValueError(f'{file}: {key} has shape {shape}, but by the agents that are said to have stayed it would have {expected[name]}')
+            if name and (model.base_model is model or name.startswith(prefix)) and expected[name] != shape: raise ValueError(f'{file}: {key} has shape {shape}, but by the agents that are said to have stayed it would have {expected[name]}')
 
 class SettledQuantizer(HfQuantizer):
     "Lets transformers load settled models; not called by users"
