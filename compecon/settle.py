@@ -137,7 +137,7 @@ def cut(
                 core.forward = partial(_biased, core)
     _keep(site.out, _features(agents, site.width), 1)
 
-# %% ../nbs/08_settle.ipynb #8fbeaa1f
+# %% ../nbs/08_settle.ipynb #6fe86c5b
 def _shrink(model, kept, block):
     "Cut a model, in place, down to `kept`: for each site that loses somebody, the agents that stay"
     sites = {s.name: s for s in find_agents(model, block)}
@@ -171,7 +171,9 @@ def settle(
     )->nn.Module: # A smaller model of the same class, without gates, in the same mode
     "Make the present open set permanent"
     if not economy.gate.hard: raise ValueError('the gates are still soft: `economy.clear(budget)` decides who stays')
+    if not all(s.out.weight.is_floating_point() for s in economy.sites): raise ValueError('quantised weights cannot be cut: settle first, then quantise')
     model, stay = copy.deepcopy(economy.model), economy.split(rounding(economy, multiple))
+    if getattr(model, 'hf_quantizer', None): model.hf_quantizer.remove_quantization_config(model)  # of weights that were dequantised on loading, as GGUF's
     for m in model.modules():
         for key in [k for k,h in m._forward_pre_hooks.items() if getattr(h, 'is_gate', False)]: del m._forward_pre_hooks[key]
     kept = {s.name: o.nonzero().flatten().tolist() for s,o in zip(economy.sites, stay) if not o.all()}
