@@ -134,7 +134,7 @@ def price_list(
     return PriceList(costs.float(), 1 - costs.sum().item(), total, tokens,
                      torch.tensor([g + [n]*(longest - len(g)) for g in groups]) if groups else None, torch.tensor(shared) if groups else None)
 
-# %% ../nbs/03_cost.ipynb #5ef3d732
+# %% ../nbs/03_cost.ipynb #acba81bb
 def bill(
     model:nn.Module, # A Hugging Face model
     tokens:int=128 # Length of the sequence
@@ -157,17 +157,17 @@ def bill(
 
 def plot_bill(
     model:nn.Module, # A Hugging Face model
-    lengths:tuple[int,...]=(16, 64, 256), # Lengths of sequences, in tokens
-    ax=None # Matplotlib axes; new ones if `None`
-    ): # The axes
-    "Shares of attention's projections, its products, the FFN and the rest, at several lengths"
-    bills = {t: bill(model, t) for t in lengths}
-    shares = pd.DataFrame({t: {**b[['projections', 'products', 'ffn']].sum(), 'rest': b.total['rest']} for t,b in bills.items()}).T
-    shares = shares.div(shares.sum(axis=1), axis=0)
-    ax = plt.subplots(figsize=(6, 3))[1] if ax is None else ax
-    shares.plot.bar(stacked=True, ax=ax, rot=0, width=0.8)
-    ax.set(xlabel='tokens', ylabel='share of FLOPs'); ax.legend(bbox_to_anchor=(1, 1), loc='upper left')
-    return ax
+    lengths:tuple[int,...]=(16, 64, 256) # Lengths of sequences, in tokens
+    ): # The figure, one panel for each length
+    "Where the FLOPs go: shares of each layer's projections, products and FFN, and of the rest, at several lengths"
+    figure, axes = plt.subplots(1, len(lengths), figsize=(3*len(lengths), 3), sharey=True, squeeze=False)
+    for ax, tokens in zip(axes[0], lengths):
+        parts = bill(model, tokens)
+        shares = parts[['projections', 'products', 'ffn']].assign(rest=0)
+        shares.loc['rest', 'rest'] = parts.total['rest']
+        (shares/parts.total.sum()).plot.bar(stacked=True, ax=ax, rot=0, width=0.8, legend=tokens == lengths[-1], title=f'{tokens} tokens', xlabel='layer', ylabel='share of FLOPs')
+    figure.tight_layout()
+    return figure
 
 # %% ../nbs/03_cost.ipynb #e3bf9327
 def check_price(
