@@ -134,7 +134,7 @@ def price_list(
     return PriceList(costs.float(), 1 - costs.sum().item(), total, tokens,
                      torch.tensor([g + [n]*(longest - len(g)) for g in groups]) if groups else None, torch.tensor(shared) if groups else None)
 
-# %% ../nbs/03_cost.ipynb #acba81bb
+# %% ../nbs/03_cost.ipynb #8ad4997d
 def bill(
     model:nn.Module, # A Hugging Face model
     tokens:int=128 # Length of the sequence
@@ -165,8 +165,9 @@ def plot_bill(
         parts = bill(model, tokens)
         shares = parts[['projections', 'products', 'ffn']].assign(rest=0)
         shares.loc['rest', 'rest'] = parts.total['rest']
-        (shares/parts.total.sum()).plot.bar(stacked=True, ax=ax, rot=0, width=0.8, legend=tokens == lengths[-1], title=f'{tokens} tokens', xlabel='layer', ylabel='share of FLOPs')
+        (shares/parts.total.sum()).plot.bar(stacked=True, ax=ax, rot=0, width=0.8, legend=False, title=f'{tokens} tokens', xlabel='layer', ylabel='share of FLOPs')
     figure.tight_layout()
+    figure.legend(*ax.get_legend_handles_labels(), loc='center left', bbox_to_anchor=(1, 0.5))
     return figure
 
 # %% ../nbs/03_cost.ipynb #e3bf9327

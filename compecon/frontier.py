@@ -69,7 +69,7 @@ def pareto(
     ordered = points.sort_values([cost, quality], ascending=[True, False])
     return ordered[ordered[quality] > ordered[quality].cummax().shift(fill_value=-math.inf)]
 
-# %% ../nbs/10_frontier.ipynb #4b801be9
+# %% ../nbs/10_frontier.ipynb #68bd7240
 _COLORS = {'dense': 'black', 'economy': 'C0', 'taylor': 'C1', 'magnitude': 'C2', 'random': 'C7'}
 
 def plot_frontier(
@@ -91,5 +91,7 @@ def plot_frontier(
     first = table.iloc[0]
     ax.set(xlabel='FLOPs, share of the dense model (whole model, audited)', ylabel=first.metric, title=f'{first.model} on {first.task}')
     ax.set_xlim(right=1.02)
+    margin = 0.15*(table.score.max() - table.score.min()) + 0.002
+    ax.set_ylim(table.score.min() - margin, table.score.max() + margin)  # an interval may be much wider than all means lie apart
     ax.legend(); ax.grid(alpha=0.3)
     return ax
