@@ -1,2 +1,2 @@
 __version__ = "0.1.0"
-from . import settle  # teaches transformers to load settled models
+from . import settle as settle  # teaches transformers to load settled models

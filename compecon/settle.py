@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Nothing', 'Bias', 'cut', 'rounding', 'settle', 'SettledConfig', 'SettledQuantizer', 'save']
 
-# %% ../nbs/08_settle.ipynb #956b1ab9
+# %% ../nbs/08_settle.ipynb #9606fee3
 import copy
 import os
 import shutil
@@ -13,7 +13,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
