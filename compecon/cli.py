@@ -42,7 +42,7 @@ def write_report(
     plt.close(figure)
     return table
 
-# %% ../nbs/17_cli.ipynb #14a661bf
+# %% ../nbs/17_cli.ipynb #5a8c6f90
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help='Transformers as internal economies: smaller, faster models at any compute budget.')
 
@@ -70,7 +70,7 @@ def frontier(
     task:Annotated[str, typer.Option(help="'agreement' (built in), 'cola', 'stsb' or 'mnli'.")]='agreement',
     data:Annotated[Optional[str], typer.Option(help='Folder with glue/<task>/<split>.jsonl (or .csv). Without it, the hub.')]=None,
     budgets:Annotated[str, typer.Option(help="Shares of the dense model's FLOPs, in (0, 1], separated by commas.")]='0.4,0.2',
-    methods:Annotated[str, typer.Option(help='Of economy, random, magnitude, taylor; separated by commas.')]='economy,taylor',
+    methods:Annotated[str, typer.Option(help='Of economy, random, magnitude, taylor, fisher; separated by commas.')]='economy,taylor',
     seeds:Annotated[int, typer.Option(help='How many seeds to run; more of them give intervals.')]=1,
     epochs:Annotated[Optional[int], typer.Option(help='Epochs after the dense fine-tune, for every method. Default: 2 for agreement, 3 for GLUE.')]=None,
     dense_epochs:Annotated[Optional[int], typer.Option(help='Epochs of the dense fine-tune. Default: 3.')]=None,

@@ -176,7 +176,7 @@ class Plan:
     def same(self): # What two runs must share to be the same run
         return {k: v for k,v in asdict(self).items() if k not in ('budgets', 'seeds', 'methods')}
 
-# %% ../nbs/13b_experiment.ipynb #80a3b361
+# %% ../nbs/13b_experiment.ipynb #88dd3913
 @dataclass
 class Bench:
     "What the runs of one seed share: task, samples, dense model, its answers, and the cost of a sequence"
@@ -217,7 +217,7 @@ def train_run(
     economy.remove()
     share = bench.flops(small)/total
     train(small, epochs=plan.epochs-market, seed=2000+bench.seed, cbs=[Distill(bench.answers)], weight=budget)
-    looked = market*len(samples) if method == 'economy' else min(512, len(samples))*(method == 'taylor')
+    looked = market*len(samples) if method == 'economy' else min(512, len(samples))*(method in ('taylor', 'fisher'))
     return small, time.perf_counter() - start, 3*total*(looked + share*(plan.epochs - market)*len(samples))
 
 # %% ../nbs/13b_experiment.ipynb #dbf4c336
