@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-# %% ../nbs/01_agents.ipynb #a36bc437
+# %% ../nbs/01_agents.ipynb #f491464d
 @dataclass(frozen=True)
 class Part:
     "Where the layers of a model keep one kind of agent"
@@ -34,6 +34,7 @@ class Part:
     repeats: Callable|None=None # config -> how often each layer runs, if more than once
     extra: Callable|None=None # (core, tokens) -> FLOPs for each head beyond projections and products
 
+# %% ../nbs/01_agents.ipynb #7c76ab7f
 def _bert(attention='self.query self.key self.value', **kw):
     return (Part('head', 'encoder.layer.*.attention', tuple(attention.split()), 'output.dense', core='self', **{'head_dim': 'attention_head_size', **kw}),
             Part('block', 'encoder.layer.*', ('intermediate.dense',), 'output.dense'))
@@ -62,6 +63,7 @@ def _t5(stack, ffn):
     cross = (heads('1.EncDecAttention'),) if stack == 'decoder' else ()
     return heads('0.SelfAttention'), *cross, Part('block', f'{stack}.block.*.layer.{ffn}.DenseReluDense', ('wi', 'wi_0', 'wi_1'), 'wo')
 
+# %% ../nbs/01_agents.ipynb #2ba07d43
 FAMILIES = dict.fromkeys(('bert', 'roberta', 'xlm-roberta', 'electra'), _bert()) | dict.fromkeys(('llama', 'mistral', 'qwen2', 'qwen3', 'gemma', 'gemma2'), _llama()) | {
     'deberta-v2': _bert('self.query_proj self.key_proj self.value_proj self.pos_key_proj self.pos_query_proj', counts=('num_attention_heads',), extra=_deberta_extra),
     'distilbert': (Part('head', 'transformer.layer.*.attention', ('q_lin', 'k_lin', 'v_lin'), 'out_lin', head_dim='attention_head_size'),

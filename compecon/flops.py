@@ -67,7 +67,7 @@ FREE = set("""_local_scalar_dense _nested_tensor_from_mask _nested_tensor_from_m
 def _is_free(op):
     return isinstance(op, torch._ops.OpOverload) and (op.is_view or torch.Tag.pointwise in op.tags or op.namespace == 'aten' and op._overloadpacket.__name__ in FREE)
 
-# %% ../nbs/00_flops.ipynb #daba3677
+# %% ../nbs/00_flops.ipynb #075dbcdd
 @dataclass
 class Audit:
     "What one forward pass executed"
@@ -85,6 +85,7 @@ class Audit:
         rows = [(op, n, n/sum(counts.values())) for op,n in counts.most_common()] + [(f'{op}: unknown', None, None) for op in self.unknown]
         return pd.DataFrame(rows, columns=['operator', 'FLOPs', 'share']).to_markdown(index=False)
 
+# %% ../nbs/00_flops.ipynb #1e32ae89
 class _Watch(TorchDispatchMode):
     supports_higher_order_operators = True
     def __init__(self): super().__init__(); self.stack, self.by, self.unknown = [''], defaultdict(Counter), Counter()
@@ -104,6 +105,7 @@ class _Watch(TorchDispatchMode):
             for path in set(self.stack): self.by[path][str(packet)] += n
         return out
 
+# %% ../nbs/00_flops.ipynb #cc9fbeef
 def audit(
     model:nn.Module, # Any model; it is run once, in its present mode, without gradients
     **inputs # Its keyword arguments
