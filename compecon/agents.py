@@ -51,9 +51,10 @@ def _deberta_extra(core, tokens): # Positions are projected once for each sequen
     if not core.relative_attention: return 0
     return sum(2*2*core.pos_ebd_size*core.attention_head_size*(core.query_proj.in_features + tokens) for k in ('c2p', 'p2c') if k in core.pos_att_type)
 
-def _t5_without(core, x, written, position_bias=None, key_value_states=None, past_key_values=None, **_): # The first layer's bias serves all others
+def _t5_without(core, x, written, position_bias=None, key_value_states=None, past_key_values=None, cache=None, **_): # The first layer's bias serves all others
     if position_bias is None:
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length(core.layer_idx)
+        cache = past_key_values if cache is None else cache  # by its name before transformers 5.24, and since
+        seen = 0 if cache is None else cache.get_seq_length(core.layer_idx)
         tokens, keys = x.shape[1], x.shape[1] + seen if key_value_states is None else key_value_states.shape[1]
         position_bias = core.compute_bias(tokens, keys, x.device, seen) if core.has_relative_attention_bias else x.new_zeros(1, core.n_heads, tokens, keys)
     return written, position_bias, None
@@ -91,7 +92,7 @@ def family_of(
     raise ValueError(f"unknown model family {kind or type(model).__name__!r}: compecon knows {', '.join(sorted(FAMILIES))}. "
                      "Add yours to `compecon.agents.FAMILIES`")
 
-# %% ../nbs/01_agents.ipynb #af739c14
+# %% ../nbs/01_agents.ipynb #3e5c386a
 _SMALL = dict(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256)
 TINY = {k: ('ForSequenceClassification', _SMALL) for k in ('bert', 'roberta', 'electra', 'mpnet')} | {k: ('ForCausalLM', _SMALL | dict(num_key_value_heads=2, head_dim=8)) for k in ('llama', 'mistral', 'qwen2', 'qwen3', 'gemma2')} | {
     'albert': ('ForSequenceClassification', _SMALL | dict(embedding_size=16, num_hidden_layers=3)),
@@ -127,9 +128,12 @@ def example_inputs(
     model:nn.Module, # A Hugging Face model
     tokens:int=16, # Length of its sequences
     batch:int=1, # How many
+    seed:int|None=None # Of random tokens before the last; all tokens are 1 if `None`
     )->dict[str,torch.Tensor]: # Keyword arguments of its forward pass
     "Token ids that a text model takes, for its decoder as well if it has one"
-    ids = torch.ones(batch, tokens, dtype=torch.long, device=next(model.parameters()).device)
+    ids = torch.ones(batch, tokens, dtype=torch.long)
+    if seed is not None: ids[:, :-1] = torch.randint(3, model.config.vocab_size, (batch, tokens - 1), generator=torch.Generator().manual_seed(seed))
+    ids = ids.to(next(model.parameters()).device)
     return dict(input_ids=ids) | (dict(decoder_input_ids=ids) if getattr(model.config, 'is_encoder_decoder', False) else {})
 
 # %% ../nbs/01_agents.ipynb #eff9ccba
@@ -172,7 +176,7 @@ class Site:
     def weights(self): return sum(width_out(r)*width_in(r) for r in self.reads) + width_in(self.out)*width_out(self.out)
     def __repr__(self): return f'Site({self.name}: {self.n} {self.kind}s of {self.width}' + (f', {len(set(self.shared_by))} shared)' if self.shared_by else ')')
 
-# %% ../nbs/01_agents.ipynb #8484281c
+# %% ../nbs/01_agents.ipynb #c80d55c8
 def _check_block(neurons, block):
     if block < 1 or neurons % block:
         near = min((d for d in range(1, neurons+1) if neurons % d == 0), key=lambda d: abs(d-block))
@@ -181,8 +185,8 @@ def _check_block(neurons, block):
 
 def _shared_by(core, reads, n, dim):
     "For each query head the number of its key-value head, if these are shared"
+    if (index := getattr(core, 'kv_index', None)) is not None: return tuple(index.tolist())  # a settled attention whose groups were uneven
     if len(reads) < 3 or width_out(reads[1]) == width_out(reads[0]): return ()
-    if (index := getattr(core, 'kv_index', None)) is not None: return tuple(index.tolist())  # a settled attention with uneven groups
     return tuple(i*width_out(reads[1])//dim//n for i in range(n))
 
 def _site(path, number, part, base, block):

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Nothing', 'Bias', 'cut', 'rounding', 'settle', 'SettledConfig', 'SettledQuantizer', 'save']
 
-# %% ../nbs/08_settle.ipynb #9606fee3
+# %% ../nbs/08_settle.ipynb #e37d782f
 import copy
+import math
 import os
 import shutil
 import sys
@@ -62,12 +63,12 @@ def _biased(core, hidden_states, attention_mask=None, position_bias=None, *args,
     if position_bias is not None: position_bias = position_bias.index_select(1, core.bias_index)
     return type(core).forward(core, hidden_states, attention_mask, position_bias, *args, **kwargs)
 
-# %% ../nbs/08_settle.ipynb #17d1f928
+# %% ../nbs/08_settle.ipynb #6c8e14c3
 class Nothing(nn.Module):
     "An input projection to no features"
     def __init__(self):
         super().__init__()
-        self.bias = None
+        self.register_parameter('bias', None)
         self.register_buffer('weight', torch.empty(0, 0), persistent=False)  # some models ask for it
     def forward(self, x): return x.new_empty(*x.shape[:-1], 0)
 
@@ -77,16 +78,14 @@ class Bias(Nothing):
         projection:nn.Module # `nn.Linear` or `Conv1D`
         ):
         super().__init__()
-        self.out_features = width_out(projection)
-        del self.bias
-        self.register_parameter('bias', projection.bias)
+        self.out_features, self.bias = width_out(projection), projection.bias
     def forward(self, x): return x.new_zeros(*x.shape[:-1], self.out_features) if self.bias is None else self.bias.expand(*x.shape[:-1], -1)
 
 def _attend_nobody(core, out, without, hidden_states, *args, **kwargs):
     "What an attention without heads returns"
     written = getattr(core, out)(hidden_states) if out else hidden_states.new_empty(*hidden_states.shape[:-1], 0)
     result = (written, None) if without is None else without(core, hidden_states, written, **kwargs)
-    cache = kwargs.get('past_key_values', kwargs.get('layer_past'))
+    cache = next((kwargs[k] for k in ('cache', 'past_key_values', 'layer_past') if kwargs.get(k) is not None), None)  # its names, the youngest first
     if isinstance(cache, EncoderDecoderCache): cache = None if kwargs.get('key_value_states') is not None else cache.self_attention_cache
     if cache is not None:
         token = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
@@ -136,7 +135,7 @@ def cut(
                 core.forward = partial(_biased, core)
     _keep(site.out, _features(agents, site.width), 1)
 
-# %% ../nbs/08_settle.ipynb #6fe86c5b
+# %% ../nbs/08_settle.ipynb #a3a19341
 def _shrink(model, kept, block):
     "Cut a model, in place, down to `kept`: for each site that loses somebody, the agents that stay"
     sites = {s.name: s for s in find_agents(model, block)}
@@ -164,6 +163,20 @@ def rounding(
         res.append(torch.zeros_like(opened).index_fill(0, best, True))
     return torch.cat(res)
 
+def _record(economy, kept):
+    "Who stayed, in agents of the dense model; in blocks that divide those of an earlier settlement, if there was one"
+    before = getattr(economy.model.config, 'quantization_config', None)
+    if not isinstance(before, SettledConfig): return SettledConfig(kept=kept, block=economy.block)
+    unit, record = math.gcd(before.block, economy.block), dict(before.kept)
+    for s in economy.sites:
+        def fine(agents, block):
+            size = block//unit if s.kind == 'block' else 1
+            return [a*size + i for a in agents for i in range(size)]
+        earlier = fine(before.kept[s.name], before.block) if s.name in before.kept else None
+        now = fine(kept[s.name], economy.block) if s.name in kept else None
+        if earlier or now is not None: record[s.name] = earlier if now is None else now if earlier is None else [earlier[a] for a in now]
+    return SettledConfig(kept=record, block=unit)
+
 def settle(
     economy:Economy, # Its open set says who stays; its model is left as it is
     multiple:int=1 # Round widths up to this multiple, see rounding
@@ -177,10 +190,7 @@ def settle(
         for key in [k for k,h in m._forward_pre_hooks.items() if getattr(h, 'is_gate', False)]: del m._forward_pre_hooks[key]
     kept = {s.name: o.nonzero().flatten().tolist() for s,o in zip(economy.sites, stay) if not o.all()}
     _shrink(model, kept, economy.block)
-    before = getattr(model.config, 'quantization_config', None)
-    earlier = before.kept if isinstance(before, SettledConfig) else {}
-    now = {name: [earlier[name][a] for a in agents] if name in earlier else agents for name,agents in kept.items()}
-    model.config.quantization_config = SettledConfig(kept={**earlier, **now}, block=economy.block)
+    model.config.quantization_config = _record(economy, kept)
     return model
 
 # %% ../nbs/08_settle.ipynb #e580af06
