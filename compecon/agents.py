@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'TINY', 'Part', 'family_of', 'tiny_model', 'example_inputs', 'width_in', 'width_out', 'Site',
-           'find_agents']
+           'find_agents', 'keep_features', 'reorder']
 
 # %% ../nbs/01_agents.ipynb #8d3b4259
 import re
@@ -214,3 +214,30 @@ def find_agents(
             if site := _site(path, layer, part, base, block): found.append((stacks.index(stack), [int(g) for g in m.groups()], order, site))
     if not found: raise ValueError(f'{type(model).__name__} has no gateable layer: there is nothing at {" or ".join(repr(p.where) for p in family)}')
     return [site for *_, site in sorted(found, key=lambda f: f[:3])]
+
+# %% ../nbs/01_agents.ipynb #f1db0941
+def keep_features(
+    projection:nn.Module, # `nn.Linear` or `Conv1D`; changed in place
+    features:torch.Tensor, # Numbers of the features that it keeps, in their new order
+    dim:int # 0: of its output, 1: of its input
+    ):
+    "Cut or permute the features of a projection"
+    w = projection.weight.data
+    features = features.to(w.device)
+    projection.weight = nn.Parameter(w.index_select(1-dim if isinstance(projection, Conv1D) else dim, features), projection.weight.requires_grad)
+    if dim == 0 and projection.bias is not None:
+        projection.bias = nn.Parameter(projection.bias.data.index_select(0, features), projection.bias.requires_grad)
+    for name, d in (('in_features', 1), ('out_features', 0), ('nx', 1), ('nf', 0)):
+        if d == dim and hasattr(projection, name): setattr(projection, name, len(features))
+
+def reorder(
+    site:Site, # Of blocks of neurons
+    order:torch.Tensor # `(neurons,)`: their present numbers, in their new order
+    ):
+    "Give the neurons of an FFN other numbers, in place; what it computes stays"
+    neurons = width_in(site.out)
+    if site.kind != 'block' or sorted(order.tolist()) != list(range(neurons)): raise ValueError(f'{site!r}: not an order of its neurons, if it has any')
+    for r in site.reads:
+        width = width_out(r)//site.part.fused
+        keep_features(r, torch.cat([order + i*width for i in range(site.part.fused)]), 0)
+    keep_features(site.out, order, 1)

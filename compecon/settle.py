@@ -19,24 +19,14 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AttentionInterface, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .agents import Site, find_agents, width_out
+from .agents import Site, find_agents, keep_features, width_out
 from .economy import Economy
 
 # %% ../nbs/08_settle.ipynb #e83d705b
-def _keep(projection, features, dim): # dim 1: input features, dim 0: output features
-    w = projection.weight.data
-    features = features.to(w.device)
-    projection.weight = nn.Parameter(w.index_select(1-dim if isinstance(projection, Conv1D) else dim, features), projection.weight.requires_grad)
-    if dim == 0 and projection.bias is not None:
-        projection.bias = nn.Parameter(projection.bias.data.index_select(0, features), projection.bias.requires_grad)
-    for name, d in (('in_features', 1), ('out_features', 0), ('nx', 1), ('nf', 0)):
-        if d == dim and hasattr(projection, name): setattr(projection, name, len(features))
-
 def _features(numbers, width): return (torch.tensor(numbers)[:, None]*width + torch.arange(width)).flatten()
 
 # %% ../nbs/08_settle.ipynb #12985be4
@@ -114,7 +104,7 @@ def cut(
         units, kept = (len(set(site.shared_by)), kept_kv) if r in site.shares else (site.n, agents)
         width = width_out(r)//part.fused
         one = _features(kept, width//units)
-        _keep(r, torch.cat([one + i*width for i in range(part.fused)]), 0)
+        keep_features(r, torch.cat([one + i*width for i in range(part.fused)]), 0)
     if part.kind == 'head':
         width = getattr(core, part.head_dim)
         for name in part.counts: setattr(core, name, len(agents))
@@ -133,7 +123,7 @@ def cut(
             else:
                 core.picked = dict(bias_index=heads); _index(core)
                 core.forward = partial(_biased, core)
-    _keep(site.out, _features(agents, site.width), 1)
+    keep_features(site.out, _features(agents, site.width), 1)
 
 # %% ../nbs/08_settle.ipynb #a3a19341
 def _shrink(model, kept, block):
