@@ -1,0 +1,35 @@
+"""The contest: every method, the same agents, data, distillation and epochs, on real tasks at small budgets.
+
+Run:  python benchmarks/contest.py --data DATA [--tasks stsb,cola] [--budgets 0.2,0.1] [--seeds 3] [--methods ...]
+
+Every run is a line of OUT/runs.jsonl as soon as it ends; run again, it goes on where it was. Two processes may work on two tasks at once.
+"""
+import argparse
+import warnings
+from pathlib import Path
+
+from transformers.utils import logging
+
+from compecon.cli import frontier_table
+from compecon.experiment import METHODS, Plan, run_plan
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--data', help='folder with glue/<task>/<split>.jsonl; the hub without it')
+    parser.add_argument('--tasks', default='stsb,cola')
+    parser.add_argument('--budgets', default='0.2,0.1', help="shares of the dense model's FLOPs")
+    parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument('--methods', default=','.join(METHODS))
+    parser.add_argument('--out', default='results/contest')
+    args = parser.parse_args()
+    logging.set_verbosity_error(); logging.disable_progress_bar(); warnings.filterwarnings('ignore')
+    budgets = tuple(float(b) for b in args.budgets.split(','))
+    plans = [Plan(task=t, data=args.data, budgets=budgets, methods=tuple(args.methods.split(',')), seeds=args.seeds) for t in args.tasks.split(',')]
+    for plan in plans:
+        table = frontier_table(run_plan(plan, args.out, keep=False))
+        print(f'\n{plan.task}: dense {plan.dense_epochs} epochs, then {plan.epochs} for every method\n\n{table.to_markdown(index=False)}')
+        Path(args.out, f'{plan.task}.md').write_text(table.to_markdown(index=False) + '\n')
+
+
+if __name__ == '__main__': main()
