@@ -139,9 +139,8 @@ def hidden_loss(
     )->torch.Tensor: # A scalar; 1 for a student that gives 0 everywhere
     "How far a student's residual stream is from its teacher's: squared difference relative to the teacher's energy, the mean over layers"
     if states.shape != target.shape: raise ValueError(f'student has hidden states {tuple(states.shape)}, teacher {tuple(target.shape)}')
-    weight = mask[..., None, None].to(states.dtype)
-    energy = (target.square()*weight).sum((0, 1, 3))
-    return (((states - target).square()*weight).sum((0, 1, 3))/energy).mean()
+    def energy(x): return (x.square().sum(-1)*mask.unsqueeze(-1)).sum((0, 1)) # (layers,)
+    return (energy(states - target)/energy(target)).mean()
 
 # %% ../nbs/06_callback.ipynb #4234120d
 def _look(model, inputs, hidden): # Logits, and hidden states after each layer `(batch, tokens, layers, width)`

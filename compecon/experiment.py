@@ -96,6 +96,7 @@ def finetune(
     seed:int=0, # Of batches and dropout
     cbs:list[Callback]=(), # More callbacks
     dropout:bool=True, # As the model is configured? If not, none
+    matmul:str='highest', # Precision of float32 products, as `torch.set_float32_matmul_precision` takes it
     bar:tqdm|None=None, # Moved by `weight` for each batch
     weight:float=1.
     )->float: # Seconds
@@ -110,7 +111,11 @@ def finetune(
     learn = Learner(DataLoaders(dl, dl, device=default_device()), model, loss_of(task), wd=0.01, cbs=[HFCallback(), _Quiet(bar, weight), *cbs],
                     opt_func=partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True)))
     start = time.perf_counter()
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(matmul)
+    try:
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr)
+    finally: torch.set_float32_matmul_precision(before)
     for m, rate in rates.items(): m.p = rate
     return time.perf_counter() - start
 
@@ -165,7 +170,8 @@ class Plan:
     task: str='agreement'   # A name in TASKS
     data: str|None=None     # Folder with `glue/<task>/<split>.jsonl`; the hub if `None`
     budgets: tuple[float,...]=(0.4, 0.2) # Shares of the dense model's FLOPs
-    seeds: int=1            # How many; they are 0, 1, ...
+    seeds: int=1            # How many
+    first: int=0            # The first of them; the others follow
     epochs: int|None=None   # After the dense fine-tune, for every method; DEFAULTS if `None`
     dense_epochs: int|None=None # Of the dense fine-tune; DEFAULTS if `None`
     methods: tuple[str,...]=('economy', 'taylor') # Names in METHODS
@@ -175,6 +181,7 @@ class Plan:
     hidden: float=0.3       # Weight of the hidden states in distillation, see compecon.callback.hidden_loss
     firms: bool=True        # Re-order neurons by value first?
     dropout: bool=False     # After the dense fine-tune
+    matmul: str='highest'   # Precision of float32 products in training: 'medium' is faster where the processor multiplies bfloat16
     block: int=32           # Neurons per agent
 
     def __post_init__(self):
@@ -190,7 +197,7 @@ class Plan:
             if not getattr(self, k) > 0: raise ValueError(f'{k}={getattr(self, k)} must be above 0')
 
     def same(self, method=''): # What two runs of a method must share to be the same run
-        shared = ('model', 'task', 'data', 'dense_epochs', 'lr', 'bs') if method == 'dense' else [k for k in asdict(self) if k not in ('budgets', 'seeds', 'methods')]
+        shared = ('model', 'task', 'data', 'dense_epochs', 'lr', 'bs', 'matmul') if method == 'dense' else [k for k in asdict(self) if k not in ('budgets', 'seeds', 'first', 'methods')]
         return {k: v for k,v in asdict(self).items() if k in shared}
 
 # %% ../nbs/13b_experiment.ipynb #88dd3913
@@ -213,7 +220,7 @@ class Bench:
         return count_flops(model.eval(), input_ids=torch.ones(1, self.tokens, dtype=torch.long, device=next(model.parameters()).device))
     def train(self, model, epochs, seed, *cbs, **kw): # After the dense fine-tune; the same for everybody
         plan = self.plan
-        return finetune(model, self.task, self.samples['train'], epochs, plan.recover_lr, plan.bs, seed, [Distill(self.answers, hidden=plan.hidden), *cbs], plan.dropout, **kw)
+        return finetune(model, self.task, self.samples['train'], epochs, plan.recover_lr, plan.bs, seed, [Distill(self.answers, hidden=plan.hidden), *cbs], plan.dropout, plan.matmul, **kw)
 
 def _looks(method, sites): # Passes forward and backward over the appraisers' samples; a pass forward alone is a third
     return dict(random=0, magnitude=0, activation=1/3, taylor=1, fisher=1, kwon=1 + (1 + sites)/3, kprune=1/3 + sites*5/3).get(method, 0)
@@ -339,7 +346,7 @@ def _prepare(bench, log, models, bar):
     if found is None or not (folder/'config.json').is_file():
         set_seed(bench.seed)
         bench.dense, _ = load_dense(plan.model, bench.task)
-        seconds = finetune(bench.dense, bench.task, bench.samples['train'], plan.dense_epochs, plan.lr, plan.bs, bench.seed, bar=bar)
+        seconds = finetune(bench.dense, bench.task, bench.samples['train'], plan.dense_epochs, plan.lr, plan.bs, bench.seed, matmul=plan.matmul, bar=bar)
         save(bench.dense, folder, bench.tokenizer)
         found = measure(bench.dense, bench)
         bench.score = found['score']
@@ -363,7 +370,7 @@ def run_plan(
     for b in plan.budgets: check_budget(b, floor)
     steps, market = math.ceil(len(samples['train'])/plan.bs), market_epochs(plan.epochs)
     def cost(m, b): return steps*(plan.dense_epochs if m == 'dense' else b*plan.epochs + (1-b)*market*(m in MARKETS))
-    runs = [(s, m, b) for s in range(plan.seeds) for m,b in [('dense', 1.)] + [(m, b) for b in plan.budgets for m in plan.methods]]
+    runs = [(s, m, b) for s in range(plan.first, plan.first + plan.seeds) for m,b in [('dense', 1.)] + [(m, b) for b in plan.budgets for m in plan.methods]]
     todo = [(s, m, b) for s,m,b in runs if log.find(m, s, b) is None]
     with tqdm(total=round(sum(cost(m, b) for _,m,b in todo)), disable=not progress, bar_format='{desc} {percentage:3.0f}%|{bar:30}| {elapsed}, {remaining} left') as bar:
         for seed in sorted({s for s,*_ in todo}):

@@ -161,7 +161,7 @@ class AugmentedLagrangian:
 # %% ../nbs/05_market.ipynb #ad1cf381
 class MeasuredMarket:
     "A budget kept exactly at every step, among agents whose valuations are measured: a running mean of their marginal values"
-    memory = 0.95 # Of the running mean, for each batch
+    memory = 0.98 # Of the running mean, for each batch
 
     def __init__(self,
         budget:float, # Final budget, as a share of the whole model's compute
