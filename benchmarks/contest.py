@@ -24,13 +24,12 @@ def main():
     parser.add_argument('--first', type=int, default=0, help='the first seed')
     parser.add_argument('--methods', default=','.join(METHODS))
     parser.add_argument('--out', default='results/contest')
-    parser.add_argument('--matmul', default='highest', choices=['highest', 'medium'], help='precision of float32 products in training: medium is faster where the processor multiplies bfloat16')
     parser.add_argument('--threads', type=int, default=None)
     args = parser.parse_args()
     logging.set_verbosity_error(); logging.disable_progress_bar(); warnings.filterwarnings('ignore')
     if args.threads: torch.set_num_threads(args.threads)
     budgets = tuple(float(b) for b in args.budgets.split(','))
-    plans = [Plan(task=t, data=args.data, budgets=budgets, methods=tuple(args.methods.split(',')), seeds=args.seeds, first=args.first, matmul=args.matmul) for t in args.tasks.split(',')]
+    plans = [Plan(task=t, data=args.data, budgets=budgets, methods=tuple(args.methods.split(',')), seeds=args.seeds, first=args.first) for t in args.tasks.split(',')]
     for plan in plans:
         table = frontier_table(run_plan(plan, args.out, keep=False))
         print(f'\n{plan.task}: dense {plan.dense_epochs} epochs, then {plan.epochs} for every method\n\n{table.to_markdown(index=False)}')

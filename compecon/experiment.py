@@ -96,7 +96,6 @@ def finetune(
     seed:int=0, # Of batches and dropout
     cbs:list[Callback]=(), # More callbacks
     dropout:bool=True, # As the model is configured? If not, none
-    matmul:str='highest', # Precision of float32 products, as `torch.set_float32_matmul_precision` takes it
     bar:tqdm|None=None, # Moved by `weight` for each batch
     weight:float=1.
     )->float: # Seconds
@@ -111,11 +110,7 @@ def finetune(
     learn = Learner(DataLoaders(dl, dl, device=default_device()), model, loss_of(task), wd=0.01, cbs=[HFCallback(), _Quiet(bar, weight), *cbs],
                     opt_func=partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True)))
     start = time.perf_counter()
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(matmul)
-    try:
-        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr)
-    finally: torch.set_float32_matmul_precision(before)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr)
     for m, rate in rates.items(): m.p = rate
     return time.perf_counter() - start
 
@@ -161,7 +156,7 @@ MARKETS = { # name: budget -> market, its gate
     'ddp': lambda budget: (AugmentedLagrangian(budget), ReLUGate())}
 METHODS = *MARKETS, *POSTHOC
 FIRMS = {'kwon': 'fisher', 'kprune': 'fisher', **{m: 'taylor' for m in MARKETS}} # Who appraises neurons when firms are formed, if not the method itself
-DEFAULTS = {t: dict(epochs=5, dense_epochs=3, lr=5e-5, recover_lr=3e-4, bs=32) for t in GLUE} | {'agreement': dict(epochs=2, dense_epochs=3, lr=1e-4, recover_lr=3e-4, bs=16)}
+DEFAULTS = {t: dict(epochs=4, dense_epochs=3, lr=5e-5, recover_lr=3e-4, bs=32) for t in GLUE} | {'agreement': dict(epochs=2, dense_epochs=3, lr=1e-4, recover_lr=3e-4, bs=16)}
 
 @dataclass(frozen=True)
 class Plan:
@@ -181,7 +176,6 @@ class Plan:
     hidden: float=0.3       # Weight of the hidden states in distillation, see compecon.callback.hidden_loss
     firms: bool=True        # Re-order neurons by value first?
     dropout: bool=False     # After the dense fine-tune
-    matmul: str='highest'   # Precision of float32 products in training: 'medium' is faster where the processor multiplies bfloat16
     block: int=32           # Neurons per agent
 
     def __post_init__(self):
@@ -197,7 +191,7 @@ class Plan:
             if not getattr(self, k) > 0: raise ValueError(f'{k}={getattr(self, k)} must be above 0')
 
     def same(self, method=''): # What two runs of a method must share to be the same run
-        shared = ('model', 'task', 'data', 'dense_epochs', 'lr', 'bs', 'matmul') if method == 'dense' else [k for k in asdict(self) if k not in ('budgets', 'seeds', 'first', 'methods')]
+        shared = ('model', 'task', 'data', 'dense_epochs', 'lr', 'bs') if method == 'dense' else [k for k in asdict(self) if k not in ('budgets', 'seeds', 'first', 'methods')]
         return {k: v for k,v in asdict(self).items() if k in shared}
 
 # %% ../nbs/13b_experiment.ipynb #88dd3913
@@ -220,7 +214,7 @@ class Bench:
         return count_flops(model.eval(), input_ids=torch.ones(1, self.tokens, dtype=torch.long, device=next(model.parameters()).device))
     def train(self, model, epochs, seed, *cbs, **kw): # After the dense fine-tune; the same for everybody
         plan = self.plan
-        return finetune(model, self.task, self.samples['train'], epochs, plan.recover_lr, plan.bs, seed, [Distill(self.answers, hidden=plan.hidden), *cbs], plan.dropout, plan.matmul, **kw)
+        return finetune(model, self.task, self.samples['train'], epochs, plan.recover_lr, plan.bs, seed, [Distill(self.answers, hidden=plan.hidden), *cbs], plan.dropout, **kw)
 
 def _looks(method, sites): # Passes forward and backward over the appraisers' samples; a pass forward alone is a third
     return dict(random=0, magnitude=0, activation=1/3, taylor=1, fisher=1, kwon=1 + (1 + sites)/3, kprune=1/3 + sites*5/3).get(method, 0)
@@ -254,7 +248,7 @@ def choose(
     return small, 3*economy.prices.total*(looks*min(512, len(samples)) + trained)
 
 def market_epochs(epochs): # How many of a market's epochs are trade
-    return max(1, epochs//5)
+    return max(1, epochs//4)
 
 def train_run(
     bench:Bench, # With its dense model
@@ -346,7 +340,7 @@ def _prepare(bench, log, models, bar):
     if found is None or not (folder/'config.json').is_file():
         set_seed(bench.seed)
         bench.dense, _ = load_dense(plan.model, bench.task)
-        seconds = finetune(bench.dense, bench.task, bench.samples['train'], plan.dense_epochs, plan.lr, plan.bs, bench.seed, matmul=plan.matmul, bar=bar)
+        seconds = finetune(bench.dense, bench.task, bench.samples['train'], plan.dense_epochs, plan.lr, plan.bs, bench.seed, bar=bar)
         save(bench.dense, folder, bench.tokenizer)
         found = measure(bench.dense, bench)
         bench.score = found['score']
