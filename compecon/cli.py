@@ -26,7 +26,7 @@ def frontier_table(
     interval = [f'[{low:.3f}, {high:.3f}]' if seeds > 1 else '' for low,high,seeds in zip(table.low, table.high, table.seeds)]
     res = pd.DataFrame({'method': table.method, 'budget': table.budget, 'achieved': table.achieved.round(4), table.metric.iloc[0]: table.score.round(4),
                         '95 %': interval, 'front': ['*' if i in pareto(table).index else '' for i in table.index], 'points': (100*(table.score - table.dense)).round(2), 'latency': table.latency_ratio.round(3),
-                        'params (M)': (table.params/1e6).round(2), 'seeds': table.seeds, 'train (s)': table.train_seconds.round(0).astype(int)})
+                        'params (M)': (table.params/1e6).round(2), 'seeds': table.seeds, 'train (s)': table.train_seconds.round(0).astype(int), 'train (TFLOP)': (table.train_flops/1e12).round(2)})
     return res.sort_values(['budget', 'method'], ascending=[False, True]).reset_index(drop=True)
 
 def write_report(
@@ -70,11 +70,12 @@ def frontier(
     task:Annotated[str, typer.Option(help="'agreement' (built in), 'cola', 'stsb' or 'mnli'.")]='agreement',
     data:Annotated[Optional[str], typer.Option(help='Folder with glue/<task>/<split>.jsonl (or .csv). Without it, the hub.')]=None,
     budgets:Annotated[str, typer.Option(help="Shares of the dense model's FLOPs, in (0, 1], separated by commas.")]='0.4,0.2',
-    methods:Annotated[str, typer.Option(help='Of economy, random, magnitude, taylor, fisher; separated by commas.')]='economy,taylor',
+    methods:Annotated[str, typer.Option(help='Separated by commas. Markets: economy, cleared, cofi, ddp; one checkpoint for all budgets: economy-any-price; after training: taylor, fisher, kwon, repair, kprune, activation, magnitude, random.')]='economy,taylor',
     seeds:Annotated[int, typer.Option(help='How many seeds to run; more of them give intervals.')]=1,
-    epochs:Annotated[Optional[int], typer.Option(help='Epochs after the dense fine-tune, for every method. Default: 2 for agreement, 3 for GLUE.')]=None,
+    epochs:Annotated[Optional[int], typer.Option(help='Epochs after the dense fine-tune, for every method; 0 is training-free. Default: 2 for agreement, 4 for GLUE.')]=None,
     dense_epochs:Annotated[Optional[int], typer.Option(help='Epochs of the dense fine-tune. Default: 3.')]=None,
-    lr:Annotated[Optional[float], typer.Option(help='Peak learning rate. Default: 1e-4 for agreement, 5e-5 for GLUE.')]=None,
+    lr:Annotated[Optional[float], typer.Option(help='Peak learning rate of the dense fine-tune. Default: 1e-4 for agreement, 5e-5 for GLUE.')]=None,
+    recover_lr:Annotated[Optional[float], typer.Option(help='Peak learning rate after it. Default: 3e-4.')]=None,
     bs:Annotated[Optional[int], typer.Option(help='Batch size. Default: 16 for agreement, 32 for GLUE.')]=None,
     out:Annotated[str, typer.Option(help='Folder for records, table, plot and models. Run again, it goes on where it was.')]='frontier',
     ):
@@ -86,7 +87,7 @@ def frontier(
     from compecon.experiment import Plan, run_plan
     try:
         plan = Plan(model=model, task=task, data=data, budgets=_numbers(budgets), seeds=seeds, epochs=epochs, dense_epochs=dense_epochs,
-                    methods=tuple(m.strip() for m in methods.split(',')), lr=lr, bs=bs)
+                    methods=tuple(m.strip() for m in methods.split(',')), lr=lr, recover_lr=recover_lr, bs=bs)
         typer.echo(f'{model} on {task}: {plan.dense_epochs} epochs dense, then {plan.epochs} at each of the budgets {budgets} by {methods}, {seeds} seed(s). Results go to {out}/')
         table = write_report(run_plan(plan, out), out)
     except ValueError as e: _stop(e)

@@ -156,7 +156,7 @@ MARKETS = { # name: budget -> market, its gate
     'ddp': lambda budget: (AugmentedLagrangian(budget), ReLUGate())}
 FAMILY = 'economy-any-price' # One checkpoint for all budgets
 METHODS = *MARKETS, FAMILY, *POSTHOC
-FIRMS = {'kwon': 'fisher', 'kprune': 'fisher', **{m: 'taylor' for m in (*MARKETS, FAMILY)}} # Who appraises neurons when firms are formed, if not the method itself
+FIRMS = {'kwon': 'fisher', 'repair': 'fisher', 'kprune': 'fisher', **{m: 'taylor' for m in (*MARKETS, FAMILY)}} # Who appraises neurons when firms are formed, if not the method itself
 DEFAULTS = {t: dict(epochs=4, dense_epochs=3, lr=5e-5, recover_lr=3e-4, bs=32) for t in GLUE} | {'agreement': dict(epochs=2, dense_epochs=3, lr=1e-4, recover_lr=3e-4, bs=16)}
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Plan:
     budgets: tuple[float,...]=(0.4, 0.2) # Shares of the dense model's FLOPs
     seeds: int=1            # How many
     first: int=0            # The first of them; the others follow
-    epochs: int|None=None   # After the dense fine-tune, for every method; DEFAULTS if `None`
+    epochs: int|None=None   # After the dense fine-tune, for every method; 0 is training-free; DEFAULTS if `None`
     dense_epochs: int|None=None # Of the dense fine-tune; DEFAULTS if `None`
     methods: tuple[str,...]=('economy', 'taylor') # Names in METHODS
     lr: float|None=None     # Peak learning rate of the dense fine-tune; DEFAULTS if `None`
@@ -190,7 +190,8 @@ class Plan:
         if not self.methods or not self.budgets: raise ValueError('a plan needs at least one method and one budget')
         for k, v in DEFAULTS[self.task].items():
             if getattr(self, k) is None: object.__setattr__(self, k, v)
-        for k in ('seeds', 'epochs', 'dense_epochs', 'bs', 'lr', 'recover_lr'):
+        if self.epochs < 0 or self.epochs == 0 and not set(self.methods) <= set(POSTHOC): raise ValueError(f'epochs={self.epochs}: without training there are only {", ".join(POSTHOC)}')
+        for k in ('seeds', 'dense_epochs', 'bs', 'lr', 'recover_lr'):
             if not getattr(self, k) > 0: raise ValueError(f'{k}={getattr(self, k)} must be above 0')
 
     def same(self, method=''): # What two runs of a method must share to be the same run
@@ -221,7 +222,7 @@ class Bench:
         return finetune(model, self.task, self.samples['train'], epochs, plan.recover_lr, plan.bs, seed, [Distill(self.answers, hidden=plan.hidden), *cbs], plan.dropout, **kw)
 
 def _looks(method, sites): # Passes forward and backward over the appraisers' samples; a pass forward alone is a third
-    return dict(random=0, magnitude=0, activation=1/3, taylor=1, fisher=1, kwon=1 + (1 + sites)/3, kprune=1/3 + sites*5/3).get(method, 0)
+    return dict(random=0, magnitude=0, activation=1/3, taylor=1, fisher=1, kwon=1 + (1 + sites)/3, repair=1 + (1 + sites)/3, kprune=1/3 + sites*5/3).get(method, 0)
 
 def _found(bench, method, gate=None):
     "A copy of the dense model with firms, as an economy, and how many looks they took"

@@ -55,7 +55,7 @@ def summarize(
     runs = runs.drop_duplicates(['model', 'task', 'method', 'budget', 'seed'], keep='last')  # a run that was repeated counts once
     groups = runs.groupby(['model', 'task', 'method', 'budget'], sort=False)
     res = groups.agg(seeds=('seed', 'nunique'), achieved=('achieved', 'mean'), metric=('metric', 'first'), score=('score', 'mean'), sd=('score', 'std'),
-                     dense=('dense', 'mean'), latency_ratio=('latency_ratio', 'mean'), params=('params', 'mean'), train_seconds=('train_seconds', 'mean')).reset_index()
+                     dense=('dense', 'mean'), latency_ratio=('latency_ratio', 'mean'), params=('params', 'mean'), train_seconds=('train_seconds', 'mean'), train_flops=('train_flops', 'mean')).reset_index()
     half = res.sd/res.seeds**0.5*student_t.ppf(0.975, (res.seeds - 1).clip(lower=1))
     return res.assign(low=res.score - half, high=res.score + half)
 
@@ -70,7 +70,7 @@ def pareto(
     return ordered[ordered[quality] > ordered[quality].cummax().shift(fill_value=-math.inf)]
 
 # %% ../nbs/10_frontier.ipynb #68bd7240
-_COLORS = {'dense': 'black', 'economy': 'C0', 'taylor': 'C1', 'magnitude': 'C2', 'random': 'C7'}
+_COLORS = {'dense': 'black', 'economy': 'C0', 'economy-any-price': 'C0', 'taylor': 'C1', 'magnitude': 'C2', 'fisher': 'C3', 'kwon': 'C4', 'kprune': 'C5', 'activation': 'C6', 'random': 'C7', 'cofi': 'C8', 'ddp': 'C9', 'cleared': 'navy'}
 
 def plot_frontier(
     runs:pd.DataFrame, # From read_runs, of one model and task
@@ -86,7 +86,7 @@ def plot_frontier(
         color = _COLORS.get(method) or f'C{3 + others.index(method) % 4}'
         if method == 'dense': ax.axhline(points.score.mean(), color=color, ls=':', lw=1.2, label=method)
         else:
-            ax.plot(points.achieved, points.score, 'o-', color=color, label=method)
+            ax.plot(points.achieved, points.score, 'o--' if method.endswith('any-price') else 'o-', color=color, label=method)
             ax.fill_between(points.achieved, points.low, points.high, color=color, alpha=0.15, lw=0)
     first = table.iloc[0]
     ax.set(xlabel='FLOPs, share of the dense model (whole model, audited)', ylabel=first.metric, title=f'{first.model} on {first.task}')
