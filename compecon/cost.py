@@ -8,7 +8,7 @@ __all__ = ['agent_flops', 'closed_form', 'PriceList', 'site_flops', 'price_list'
 
 # %% ../nbs/03_cost.ipynb #6be73486
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -60,6 +60,7 @@ class PriceList:
     groups: torch.Tensor|None=None # `(groups, members)`: agents that share keys and values, filled up with the number of agents; `None` if none do
     shared: torch.Tensor|None=None # `(groups,)`: share that is paid while any member is open
     unit: str='flops'
+    gone: float=0.      # Share of those who have left for good
 
     @property
     def own(self): # `(agents,)`: the costs without what is shared
@@ -76,7 +77,15 @@ class PriceList:
         if self.groups is not None:
             everyone = torch.cat([closed, torch.ones_like(closed[..., :1])], -1)[..., self.groups.to(shares.device)].prod(-1)
             saved = saved + everyone @ self.shared.to(shares.device)
-        return 1 - saved
+        return 1 - self.gone - saved
+
+    def within(self,
+        total:int # FLOPs of a larger model for one sequence, from which this one was settled
+        )->'PriceList': # In shares of the larger model
+        "The same prices in another currency"
+        if total < self.total: raise ValueError(f'total={total} is less than the {self.total} FLOPs of this model')
+        rate = self.total/total
+        return replace(self, costs=self.costs*rate, fixed=self.fixed*rate, total=total, shared=None if self.shared is None else self.shared*rate, gone=1 - (1 - self.gone)*rate)
 
     def charges(self,
         opened:torch.Tensor # `(agents,)` of bool: who is open
