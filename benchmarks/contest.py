@@ -3,8 +3,10 @@
 Run:  python benchmarks/contest.py --data DATA [--tasks stsb,cola] [--budgets 0.2,0.1] [--seeds 3] [--methods ...]
 
 Every run is a line of OUT/runs.jsonl as soon as it ends; run again, it goes on where it was. Two processes may work on two tasks at once.
+An ablation is the same with a field of the plan changed, as in `--set firms=false`, `--set hidden=0`, `--set epochs=0`.
 """
 import argparse
+import json
 import warnings
 from pathlib import Path
 
@@ -24,16 +26,18 @@ def main():
     parser.add_argument('--first', type=int, default=0, help='the first seed')
     parser.add_argument('--methods', default=','.join(METHODS))
     parser.add_argument('--out', default='results/contest')
+    parser.add_argument('--set', action='append', default=[], metavar='FIELD=VALUE', help='another value for a field of compecon.experiment.Plan')
     parser.add_argument('--threads', type=int, default=None)
     args = parser.parse_args()
     logging.set_verbosity_error(); logging.disable_progress_bar(); warnings.filterwarnings('ignore')
     if args.threads: torch.set_num_threads(args.threads)
     budgets = tuple(float(b) for b in args.budgets.split(','))
-    plans = [Plan(task=t, data=args.data, budgets=budgets, methods=tuple(args.methods.split(',')), seeds=args.seeds, first=args.first) for t in args.tasks.split(',')]
+    changes = {k: json.loads(v) for k, v in (c.split('=') for c in args.set)}
+    plans = [Plan(task=t, data=args.data, budgets=budgets, methods=tuple(args.methods.split(',')), seeds=args.seeds, first=args.first, **changes) for t in args.tasks.split(',')]
     for plan in plans:
         table = frontier_table(run_plan(plan, args.out, keep=False))
-        print(f'\n{plan.task}: dense {plan.dense_epochs} epochs, then {plan.epochs} for every method\n\n{table.to_markdown(index=False)}')
-        Path(args.out, f'{plan.task}.md').write_text(table.to_markdown(index=False) + '\n')
+        print(f'\n{plan.task}: dense {plan.dense_epochs} epochs, then {plan.epochs} for every method {changes or ""}\n\n{table.to_markdown(index=False)}')
+        Path(args.out, '-'.join([plan.task, *args.set]) + '.md').write_text(table.to_markdown(index=False) + '\n')
 
 
 if __name__ == '__main__': main()
