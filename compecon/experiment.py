@@ -202,7 +202,7 @@ class Plan:
         shared = ('model', 'task', 'data', 'dense_epochs', 'lr', 'bs') if method == 'dense' else [k for k in asdict(self) if k not in ('budgets', 'seeds', 'first', 'methods')]
         return {k: v for k,v in asdict(self).items() if k in shared}
 
-# %% ../nbs/13b_experiment.ipynb #88dd3913
+# %% ../nbs/13b_experiment.ipynb #a371f351
 @dataclass
 class Bench:
     "What the runs of one seed share: task, samples, dense model, its answers, and the cost of a sequence"
@@ -229,6 +229,7 @@ class Bench:
         logits, idx = predict(model, [({**x, 'idx': i}, y) for i,(x,y) in enumerate(samples)]), [x['idx'] for x,_ in samples]
         return (loss_of(self.task)(logits, torch.tensor([y for _,y in samples])) + distillation_loss(logits, self.answers.logits[idx].cpu())).item()/2
 
+# %% ../nbs/13b_experiment.ipynb #2c01d9b6
 def _looks(method, sites): # Passes forward and backward over the appraisers' samples; a pass forward alone is a third
     return dict(random=0, magnitude=0, activation=1/3, taylor=1, fisher=1, kwon=1 + (1 + sites)/3, repair=1 + (1 + sites)/3, kprune=1/3 + sites*5/3).get(method, 0)
 
@@ -239,6 +240,7 @@ def _found(bench, method, gate=None):
     if plan.firms: form_firms(model, firms, bench.batches(), loss_of(bench.task), bench.seed, bench.tokens)
     return Economy(model, tokens=bench.tokens, block=plan.block, gate=gate), _looks(firms, 0)*plan.firms
 
+# %% ../nbs/13b_experiment.ipynb #d56a893f
 def compete(
     bench:Bench, # With its dense model
     budget:float, # Share of the dense model's FLOPs
@@ -264,6 +266,7 @@ def compete(
     trials = sum(bench.flops(made[name])*(3*len(rounds[r]) + len(aside)) for name,losses in zip(table.index, table.values) for r,loss in enumerate(losses) if not math.isnan(loss))
     return made[table.index[0]], 3*economy.prices.total*looks*min(512, len(samples)) + trials, table
 
+# %% ../nbs/13b_experiment.ipynb #20643791
 def choose(
     bench:Bench, # With its dense model
     method:str, # A name in METHODS
@@ -291,6 +294,7 @@ def choose(
 def market_epochs(epochs): # How many of a market's epochs are trade
     return max(1, epochs//4)
 
+# %% ../nbs/13b_experiment.ipynb #9b726444
 def train_family(
     bench:Bench, # With its dense model
     bar:tqdm|None=None # Moved as training goes on

@@ -35,7 +35,7 @@ def _watch(economy, batches, sites, what):
         for h in handles: h.remove()
     return [torch.cat(s) for s in seen]
 
-# %% ../nbs/07a_repair.ipynb #24038d9d
+# %% ../nbs/07a_repair.ipynb #6fb76ad2
 def _weight(site): return site.out.weight.data if isinstance(site.out, Conv1D) else site.out.weight.data.T  # (in, out)
 
 def _refit(site, keep, x, y, ridge):
@@ -50,6 +50,7 @@ def _refit(site, keep, x, y, ridge):
     weight[keep] = new.to(weight.dtype)
     if bias: site.out.bias.data = (mean_y - mean_x @ new).to(weight.dtype)
 
+# %% ../nbs/07a_repair.ipynb #fc38ce8a
 def written_by_all(
     economy:Economy, # Whose sites are watched; everybody is opened for it
     batches:Iterable[Mapping|tuple] # Inputs of the model, or pairs of inputs and labels
@@ -71,6 +72,7 @@ def repair_site(
     with torch.no_grad(), economy.forcing(opened.float()): x, = _watch(economy, batches, [site], 0)
     _refit(site, stay.repeat_interleave(site.width), x, wanted, ridge)
 
+# %% ../nbs/07a_repair.ipynb #cc15619a
 def _refit_all(economy, batches, fit): # From below; `fit(site, kept features, read, wanted)`
     batches, training = list(batches), economy.model.training
     if not economy.gate.hard: raise ValueError('the gates are still soft: `economy.clear(budget)` decides who stays')
