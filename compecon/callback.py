@@ -73,6 +73,9 @@ class EconomyCallback(Callback):
         if self.economy is None: self.economy = Economy(_hf_model(self.model), **self.kwargs)
         self.economy.log_values.data = self.economy.log_values.to(next(self.model.parameters()).device)
         self.bidder = torch.optim.Adam([self.economy.log_values], self.bid_lr)
+        if getattr(self.market, 'learned', False):
+            self.measure = False
+            self.economy.log_values.data.fill_(self.economy.gate.start)
         self._mean, self._seen = torch.zeros_like(self.economy.log_values), 0
         self._columns = [ValueMetric(lambda k=k: self.history[-1][k] if self.history else float('nan'), k) for k in ('price', 'spend', 'open')]
         self.learn.metrics = [*self.metrics, *self._columns]
@@ -148,8 +151,11 @@ def _look(model, inputs, hidden): # Logits, and hidden states after each layer `
     return out.logits, _stacked(out, model) if hidden else None
 
 def _stacked(out, model):
-    if getattr(out, 'hidden_states', None) is None: raise ValueError(f'{type(model).__name__} gives no hidden states to learn from: use `hidden=0`')
-    return torch.stack(out.hidden_states[1:], 2)
+    states = getattr(out, 'hidden_states', None) or getattr(out, 'decoder_hidden_states', None)
+    if states is None: raise ValueError(f'{type(model).__name__} gives no hidden states to learn from: use `hidden=0`')
+    return torch.stack(states[1:], 2)
+
+def _mask(inputs): return inputs.get('attention_mask', torch.ones_like(inputs['input_ids']))
 
 @dataclass
 class Answers:
@@ -180,7 +186,7 @@ def ask(
         ids = x['idx'].tolist()
         y, h = _look(teacher, {k: v.to(device) for k,v in x.items()}, hidden)
         logits.update(zip(ids, y.float().cpu()))
-        if hidden: states.update((i, s[:n].half().cpu().clone()) for i,s,n in zip(ids, h, x['attention_mask'].sum(1)))
+        if hidden: states.update((i, s[:n].clamp(-6e4, 6e4).half().cpu().clone()) for i,s,n in zip(ids, h, _mask(x).sum(1)))
     if not logits: raise ValueError('a teacher needs at least one batch to answer')
     return Answers(torch.stack([logits[i] for i in range(len(logits))]), [states[i] for i in range(len(states))] if hidden else None)
 
@@ -213,5 +219,5 @@ class Distill(Callback):
         x = self.xb[0]
         logits, states = self.teacher.of(x, self.hidden > 0) if isinstance(self.teacher, Answers) else _look(self.teacher.eval(), x, self.hidden > 0)
         loss = (1 - self.share)*self.learn.loss_grad + self.share*distillation_loss(self.pred, logits.to(self.pred.device), self.temperature)
-        if self.hidden: loss = loss + self.hidden*hidden_loss(self._states, states, x['attention_mask'])
+        if self.hidden: loss = loss + self.hidden*hidden_loss(self._states, states, _mask(x))
         self.learn.loss_grad = loss

@@ -6,6 +6,7 @@
 __all__ = ['exchange', 'tournament']
 
 # %% ../nbs/08c_exchange.ipynb #032847e7
+import math
 from collections.abc import Callable, Mapping
 
 import pandas as pd
@@ -37,7 +38,7 @@ def tournament(
         for name, model in models.items():
             train(model, r)
             losses[name][f'round {r + 1}'] = judge(model)
-        best = sorted(models, key=lambda name: losses[name][f'round {r + 1}'])
+        best = sorted(models, key=lambda name: math.inf if math.isnan(loss := losses[name][f'round {r + 1}']) else loss)
         models = {name: models[name] for name in best[:(len(best) + 1)//2]}
     table = pd.DataFrame(list(losses.values()), index=pd.Index(list(losses), tupleize_cols=False))
     return table.sort_values(list(table.columns)[::-1], na_position='last')

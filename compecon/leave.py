@@ -14,6 +14,7 @@ from torch import nn
 
 from .callback import EconomyCallback
 from .economy import Economy
+from .market import SampledBudgets
 from .settle import settle, shrink
 
 # %% ../nbs/08b_leave.ipynb #43f45c79
@@ -41,12 +42,12 @@ def leave(
     )->Economy: # Of those who stayed, with prices in shares of the dense model
     "Let the closed agents of a model in training leave for good; raises `ValueError` if gates are soft"
     if not economy.gate.hard: raise ValueError('the gates are still soft: `economy.clear(budget)` decides who leaves')
+    if not economy.open.any(): raise ValueError(f'at a spend of {economy.spend():.4f} nobody would be left')
     model, before = economy.model, dict(economy.model.named_parameters())
-    economy.remove()
-    original = copy.deepcopy(model)
-    settle(economy, in_place=True)
     kept = {s.name: o.nonzero().flatten().tolist() for s,o in zip(economy.sites, economy.split(economy.open)) if not o.all()}
-    where, after = survivors(original, kept, economy.block), dict(model.named_parameters())
+    economy.remove()
+    where = survivors(model, kept, economy.block)
+    after = dict(settle(economy, in_place=True).named_parameters())
     if optimizer is not None:
         lists, state = _remembered(optimizer)
         new = {p: after.get(name) for name,p in before.items()}
@@ -66,6 +67,7 @@ class Leave(Callback):
     order, run_valid = EconomyCallback.order + 1, False
     def before_fit(self):
         if not hasattr(self.learn, EconomyCallback.name): raise ValueError('`Leave` needs an `EconomyCallback` beside it')
+        if isinstance(self.learn.economy_callback.market, SampledBudgets): raise ValueError('nobody leaves for good when budgets are sampled')
         self.left = False
     def before_batch(self):
         economics = self.learn.economy_callback

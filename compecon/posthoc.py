@@ -69,7 +69,7 @@ def knowledge(
         return F.cross_entropy(logits, torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=g).squeeze(-1).to(logits.device))
     predictive = torch.cat(list(gate_gradients(economy, batches, own, opened))).square().mean(0)
     costs = economy.prices.costs.to(predictive.device)
-    written = activation(economy, batches)*costs
+    written = activation(economy, batches, opened)*costs
     return (predictive/predictive.sum() + representation*written/written.sum())/costs
 
 def k_prune(

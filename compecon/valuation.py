@@ -34,8 +34,9 @@ def magnitude(
 
 # %% ../nbs/07_valuation.ipynb #a2621fa4
 def activation(
-    economy:Economy, # Whose agents to appraise; all of them are opened for it
-    batches:Iterable[tuple[Mapping,torch.Tensor]] # Pairs of inputs and labels (which are not looked at)
+    economy:Economy, # Whose agents to appraise
+    batches:Iterable[tuple[Mapping,torch.Tensor]], # Pairs of inputs and labels (which are not looked at)
+    opened:torch.Tensor|None=None # `(agents,)`: open shares at which to look; all open if `None`
     )->torch.Tensor: # `(agents,)`: valuations, in shares of what a site writes per whole model of compute
     "Valuations by weight times activation (after Wanda, Sun et al. 2023, arXiv 2306.11695)"
     model, device, mask = economy.model, economy.log_values.device, None
@@ -48,7 +49,7 @@ def activation(
     handles = [s.out.register_forward_pre_hook(hook(i)) for i,s in enumerate(economy.sites)]
     model.eval()
     try:
-        with torch.no_grad(), economy.forcing(torch.ones(len(economy), device=device)):
+        with torch.no_grad(), economy.forcing(torch.ones(len(economy), device=device) if opened is None else opened):
             for x, _ in batches:
                 mask = x['attention_mask'].to(device) if 'attention_mask' in x else None
                 model(**{k: v.to(device) for k,v in x.items() if k != 'idx'})
@@ -57,7 +58,7 @@ def activation(
     model.train(training)
     if not torch.is_tensor(energy[0]): raise ValueError('a valuation by activations needs at least one batch')
     shares = [(e*_written(s.out).square().sum(1)).view(s.n, -1).sum(1) for s,e in zip(economy.sites, energy)]
-    return torch.cat([s/s.sum() for s in shares])/economy.prices.costs.to(device)
+    return torch.cat([s/s.sum().clamp_min(1e-30) for s in shares])/economy.prices.costs.to(device)
 
 # %% ../nbs/07_valuation.ipynb #cdd462af
 def gate_gradients(
