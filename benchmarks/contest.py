@@ -1,9 +1,10 @@
-"""The contest: every method, the same agents, data, distillation and epochs, on real tasks at small budgets.
+"""The contest: every method, the same agents, data, distillation and epochs of recovery, on real tasks at small budgets.
 
 Run:  python benchmarks/contest.py --data DATA [--tasks stsb,cola] [--budgets 0.2,0.1] [--seeds 3] [--methods ...]
 
 Every run is a line of OUT/runs.jsonl as soon as it ends; run again, it goes on where it was. Two processes may work on two tasks at once.
-An ablation is the same with a field of the plan changed, as in `--set firms=false`, `--set hidden=0`, `--set epochs=0`.
+An ablation is the same with a field of the plan changed, as in `--set firms=false`, `--set hidden=0`, or `--methods repair,kprune --set epochs=0`;
+its lines go to a file of their own, OUT/runs-FIELD=VALUE.jsonl, and its runs start from the same dense models.
 """
 import argparse
 import json
@@ -15,6 +16,10 @@ from transformers.utils import logging
 
 from compecon.cli import frontier_table
 from compecon.experiment import METHODS, Plan, run_plan
+from compecon.frontier import append_run, read_runs
+
+
+def records(out, file): return read_runs(Path(out, file)).to_dict('records')
 
 
 def main():
@@ -34,10 +39,15 @@ def main():
     budgets = tuple(float(b) for b in args.budgets.split(','))
     changes = {k: json.loads(v) for k, v in (c.split('=') for c in args.set)}
     plans = [Plan(task=t, data=args.data, budgets=budgets, methods=tuple(args.methods.split(',')), seeds=args.seeds, first=args.first, **changes) for t in args.tasks.split(',')]
+    file = '-'.join(['runs', *args.set]) + '.jsonl'
     for plan in plans:
-        table = frontier_table(run_plan(plan, args.out, keep=False))
+        if args.set:
+            dense = [r for r in records(args.out, 'runs.jsonl') if r['method'] == 'dense' and r['plan'] == plan.same('dense')]
+            known = [r['when'] for r in records(args.out, file)]
+            for r in dense:
+                if r['when'] not in known: append_run(r, Path(args.out, file))
+        table = frontier_table(run_plan(plan, args.out, file=file, keep=False))
         print(f'\n{plan.task}: dense {plan.dense_epochs} epochs, then {plan.epochs} for every method {changes or ""}\n\n{table.to_markdown(index=False)}')
-        Path(args.out, '-'.join([plan.task, *args.set]) + '.md').write_text(table.to_markdown(index=False) + '\n')
 
 
 if __name__ == '__main__': main()

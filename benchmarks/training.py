@@ -7,6 +7,7 @@ import copy
 import warnings
 
 import torch
+from fastai.torch_core import default_device
 from transformers.utils import logging
 
 from compecon.agents import example_inputs
@@ -43,7 +44,7 @@ def main():
     parser.add_argument('--budget', type=float, default=0.2)
     args = parser.parse_args()
     logging.set_verbosity_error(); logging.disable_progress_bar(); warnings.filterwarnings('ignore')
-    dense = load_dense(MINILM, GLUE['stsb'])[0].train()
+    dense = load_dense(MINILM, GLUE['stsb'])[0].to(default_device()).train()
     inputs, candidates = example_inputs(dense, args.tokens, args.batch, seed=0), {'dense': stepper(dense, example_inputs(dense, args.tokens, args.batch, seed=0))}
     for name, market in (('measured market', MeasuredMarket(args.budget)), ('cleared market', ClearedMarket(args.budget))):
         economy = Economy(copy.deepcopy(dense), tokens=args.tokens)

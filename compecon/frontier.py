@@ -52,6 +52,9 @@ def summarize(
     runs:pd.DataFrame # From read_runs
     )->pd.DataFrame: # One row for each model, task, method and budget: `seeds`, mean `achieved`, mean score with its 95 % interval `low` to `high`, ...
     "Mean over seeds with a 95 % Student interval"
+    if 'plan' in runs:
+        plans = runs.assign(plan=runs.plan.astype(str)).groupby(['model', 'task', 'method', 'budget', 'seed']).plan.nunique()
+        if (plans > 1).any(): raise ValueError(f'runs of several plans for {plans.idxmax()}: summarise them one by one')
     runs = runs.drop_duplicates(['model', 'task', 'method', 'budget', 'seed'], keep='last')  # a run that was repeated counts once
     groups = runs.groupby(['model', 'task', 'method', 'budget'], sort=False)
     res = groups.agg(seeds=('seed', 'nunique'), achieved=('achieved', 'mean'), metric=('metric', 'first'), score=('score', 'mean'), sd=('score', 'std'),
@@ -62,12 +65,12 @@ def summarize(
 # %% ../nbs/10_frontier.ipynb #fcda44a4
 def score_table(
     runs:pd.DataFrame # From read_runs; several tasks and budgets are welcome
-    )->pd.DataFrame: # One row a method, one column for each task and budget: mean score, ± half of its 95 % interval, number of seeds in brackets; and mean training cost in TFLOP
+    )->pd.DataFrame: # One row a method, one column for each task and budget: mean score, ± half of its 95 % interval, number of seeds in brackets; and mean training cost in TFLOP, of methods with all cells
     "Scores of many methods at a glance"
     table = summarize(runs)
     cell = [f'{s:.3f} ± {s - low:.3f} ({n})' if n > 1 else f'{s:.3f} ({n})' for s,low,n in zip(table.score, table.low, table.seeds)]
     wide = table.assign(cell=cell, column=table.task + ' ' + table.budget.map('{:g}'.format)).pivot(index='method', columns='column', values='cell')
-    wide['TFLOP'] = (table.groupby('method').train_flops.mean()/1e12).round(1)
+    wide['TFLOP'] = (table.groupby('method').train_flops.mean()/1e12).round(1).where(wide.notna().sum(1) == wide.notna().sum(1).drop('dense', errors='ignore').max(), '')
     columns = [f'{t} {b:g}' for t in runs.task.unique() for b in sorted(runs.budget.unique(), reverse=True) if f'{t} {b:g}' in wide]
     best = table.groupby('method').score.mean().sort_values(ascending=False).index
     return wide.loc[best, [*columns, 'TFLOP']].fillna('')
