@@ -292,7 +292,10 @@ def choose(
     trained = market_epochs(plan.epochs)*len(samples) if market else 0
     return small, 3*economy.prices.total*(looks*min(512, len(samples)) + trained)
 
-def market_epochs(epochs): # How many of a market's epochs are trade
+def market_epochs(
+    epochs:int # After the dense fine-tune
+    )->int: # How many of them a market trades
+    "A quarter, and at least one"
     return max(1, epochs//4)
 
 # %% ../nbs/13b_experiment.ipynb #9b726444
