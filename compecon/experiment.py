@@ -156,6 +156,7 @@ ENTRANTS = [('taylor', r) for r in (1, 2, 4, 8)] + [('fisher', r*r) for r in (1,
 MARKETS = { # name: budget -> market, its gate
     'measured': lambda budget: (MeasuredMarket(budget), None),
     'cleared': lambda budget: (ClearedMarket(budget), None),
+    'lottery': lambda budget: (ClearedMarket(budget, close=0.9), HardConcreteGate()),
     'cofi': lambda budget: (AugmentedLagrangian(budget), HardConcreteGate()),
     'ddp': lambda budget: (AugmentedLagrangian(budget), ReLUGate())}
 FAMILY = 'economy-any-price' # One checkpoint for all budgets
@@ -331,7 +332,7 @@ def train_run(
 def _commit():
     "The commit of this package's own files, `-dirty` if they were changed since"
     def git(*args): return subprocess.run(['git', '-C', str(Path(importlib.util.find_spec('compecon').origin).parent), *args], capture_output=True, text=True, check=True).stdout.strip()
-    try: return git('ls-files', '--error-unmatch', '__init__.py') and git('describe', '--always', '--dirty', '--exclude', '*')
+    try: return git('ls-files', '--error-unmatch', '__init__.py') and git('rev-parse', '--short', 'HEAD') + '-dirty'*bool(git('status', '--porcelain', '--', '.'))
     except (OSError, subprocess.CalledProcessError): return 'unknown'
 
 def _device():

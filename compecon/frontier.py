@@ -86,7 +86,7 @@ def pareto(
     return ordered[ordered[quality] > ordered[quality].cummax().shift(fill_value=-math.inf)]
 
 # %% ../nbs/10_frontier.ipynb #68bd7240
-_COLORS = {'dense': 'black', 'economy': 'C0', 'economy-any-price': 'C0', 'taylor': 'C1', 'magnitude': 'C2', 'fisher': 'C3', 'kwon': 'C4', 'kprune': 'C5', 'activation': 'C6', 'random': 'C7', 'cofi': 'C8', 'ddp': 'C9', 'cleared': 'navy', 'measured': 'teal', 'repair': 'brown'}
+_COLORS = {'dense': 'black', 'economy': 'C0', 'economy-any-price': 'C0', 'taylor': 'C1', 'magnitude': 'C2', 'fisher': 'C3', 'kwon': 'C4', 'kprune': 'C5', 'activation': 'C6', 'random': 'C7', 'cofi': 'C8', 'ddp': 'C9', 'cleared': 'navy', 'measured': 'teal', 'lottery': 'magenta', 'repair': 'brown'}
 
 def plot_frontier(
     runs:pd.DataFrame, # From read_runs, of one model and task
