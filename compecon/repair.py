@@ -7,6 +7,7 @@ __all__ = ['written_by_all', 'repair_site', 'repair', 'rescale']
 
 # %% ../nbs/07a_repair.ipynb #a5ca5a1b
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -15,14 +16,18 @@ from transformers.pytorch_utils import Conv1D
 from .economy import Economy
 
 # %% ../nbs/07a_repair.ipynb #507ca69f
+class _Enough(Exception): "What was to be seen has been seen; what is above need not run"
+
 def _watch(economy, batches, sites, what):
     "What the projections of `sites` read (0) or write (1), `(tokens, features)` each"
     device, seen, mask = economy.log_values.device, [[] for _ in sites], None
+    once = not sites[-1].part.repeats  # a layer that runs again has to be seen again
     def hook(i):
         def record(_, x, y):
             t = (x[0], y)[what]
             fits = mask is not None and mask.numel() == t[..., 0].numel()
             seen[i].append(t.reshape(-1, t.shape[-1])[mask.flatten()] if fits else t.reshape(-1, t.shape[-1]))
+            if once and i == len(sites) - 1: raise _Enough
         return record
     handles = [s.out.register_forward_hook(hook(i)) for i,s in enumerate(sites)]
     try:
@@ -30,7 +35,7 @@ def _watch(economy, batches, sites, what):
             x = x[0] if isinstance(x, tuple | list) else x
             x = {k: v.to(device) for k,v in x.items() if k != 'idx'}
             mask = x['attention_mask'].bool() if 'attention_mask' in x else None
-            economy.model(**x)
+            with suppress(_Enough): economy.model(**x)
     finally:
         for h in handles: h.remove()
     return [torch.cat(s) for s in seen]
