@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .economy import Economy
-from .repair import repair, repair_site, rescale, written_by_all
+from .repair import repair, repair_site, rescale, wanted_of_all
 from .valuation import VALUATIONS, activation, appraise, gate_gradients
 
 # %% ../nbs/07c_posthoc.ipynb #4af54d99
@@ -81,7 +81,7 @@ def k_prune(
     "Choose and repair sub-layer by sub-layer, from below (K-prune, Park et al. 2024, arXiv 2308.03449)"
     batches, training = list(batches), economy.model.training
     economy.model.eval()
-    wanted, opened = written_by_all(economy, batches), torch.ones(len(economy), dtype=torch.bool, device=economy.log_values.device)
+    wanted, opened = wanted_of_all(economy, batches), torch.ones(len(economy), dtype=torch.bool, device=economy.log_values.device)
     decided, start = torch.zeros_like(opened), 0
     for i, site in enumerate(economy.sites):
         values = knowledge(economy, batches, opened.float(), seed=seed)
