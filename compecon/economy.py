@@ -75,7 +75,7 @@ class Economy(GatedModel):
         self.prices = price_list(model, self.sites, tokens)
 
     @property
-    def price(self): return self.log_price.detach().exp().item() # Loss per whole model of compute
+    def price(self): return self.log_price.detach().exp().max().item() # Loss per whole model of compute; at the dearest site, if sites have prices of their own
     @price.setter
     def price(self, price): self.log_price = torch.tensor(check_price(price), device=self.log_values.device).log()
 

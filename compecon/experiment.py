@@ -20,7 +20,6 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pandas as pd
@@ -37,6 +36,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from .agents import FAMILIES, find_agents
 from .agreement import AGREEMENT, load_agreement
 from .callback import Answers, Distill, EconomyCallback, HFCallback, ask, distillation_loss
+from .clock import device_name, package_versions
 from .cost import check_budget, price_list
 from .economy import Economy
 from .exchange import exchange, tournament
@@ -335,24 +335,12 @@ def _commit():
     try: return git('ls-files', '--error-unmatch', '__init__.py') and git('rev-parse', '--short', 'HEAD') + '-dirty'*bool(git('status', '--porcelain', '--', '.'))
     except (OSError, subprocess.CalledProcessError): return 'unknown'
 
-def _device():
-    if default_device().type == 'cuda': return torch.cuda.get_device_name()
-    info = Path('/proc/cpuinfo')
-    names = [l.partition(':')[2].strip() for l in info.read_text().splitlines() if l.startswith('model name')] if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
-
-def _versions():
-    def found(p):
-        try: return version(p)
-        except PackageNotFoundError: return 'not installed'
-    return dict(python=platform.python_version(), **{p: found(p) for p in ('compecon', 'torch', 'transformers', 'fastai')})
-
 def now(): return datetime.now(timezone.utc).isoformat(timespec='seconds')
 
 def provenance(
     )->dict: # `device`, `threads`, `versions`, `commit`, `when`
     "Where and when a run was made"
-    return dict(device=_device(), threads=torch.get_num_threads(), versions=_versions(), commit=_commit(),
+    return dict(device=device_name(default_device()), threads=torch.get_num_threads(), versions=dict(python=platform.python_version(), **package_versions('compecon', 'torch', 'transformers', 'fastai')), commit=_commit(),
                 when=now())
 
 def measure(

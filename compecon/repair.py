@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from .agents import Site
 from .economy import Economy
 
 
