@@ -6,11 +6,14 @@
 __all__ = ['POSTHOC', 'rearrange', 'kwon', 'knowledge', 'k_prune', 'repaired', 'prune']
 
 # %% ../nbs/07c_posthoc.ipynb #bcc6d25f
+import copy
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
 
+from .callback import distillation_loss
 from .economy import Economy
 from .repair import repair, repair_site, rescale, wanted_of_all
 from .valuation import VALUATIONS, activation, appraise, gate_gradients
@@ -95,18 +98,35 @@ def k_prune(
     return economy.valuations
 
 # %% ../nbs/07c_posthoc.ipynb #0e4a4226
+def _answers(economy, batches): # Logits of all samples
+    with torch.no_grad(): return torch.cat([economy.model(**{k: v.to(economy.log_values.device) for k,v in x.items() if k != 'idx'}).logits for x,_ in batches])
+
 def repaired(
     economy:Economy, # Its valuations are set and the budget is cleared; output projections are refitted
     budget:float, # Share of the whole model's compute
     batches:Iterable[tuple[Mapping,torch.Tensor]], # Pairs of inputs and labels
-    loss_func:Callable # `loss_func(logits, labels)` gives the mean loss
+    loss_func:Callable, # `loss_func(logits, labels)` gives the mean loss
+    representation:tuple[float,...]=(0., 0.3, 1.) # Weights of what agents write, relative to what they are worth to the loss; each makes a candidate
     )->torch.Tensor: # `(agents,)`: valuations
-    "Fisher valuations and least-squares repair: the training-free mode"
-    batches = list(batches)
-    appraise(economy, 'fisher', batches, loss_func)
-    economy.clear(budget)
-    repair(economy, batches)
+    "Fisher valuations and least-squares repair, with the best share of representation: the training-free mode"
+    batches, training, costs = list(batches), economy.model.training, economy.prices.costs.to(economy.log_values.device)
+    economy.model.eval()
+    with economy.forcing(torch.ones(len(economy), device=costs.device)): whole = _answers(economy, batches)
+    shares = [v/(v*costs).sum() for v in (appraise(economy, 'fisher', batches, loss_func).clone(), activation(economy, batches))]
+    outs = [s.out for s in economy.sites]
+    dense, best = [copy.deepcopy(o.state_dict()) for o in outs], (math.inf,)
+    for r in representation:
+        for o, state in zip(outs, dense): o.load_state_dict(state)
+        economy.valuations = shares[0] + r*shares[1]
+        economy.clear(budget)
+        repair(economy, batches)
+        error = distillation_loss(_answers(economy, batches), whole).item()
+        if error < best[0]: best = error, economy.valuations, [copy.deepcopy(o.state_dict()) for o in outs]
+    for o, state in zip(outs, best[2]): o.load_state_dict(state)
+    economy.valuations = best[1]
+    economy.model.train(training)
     return economy.valuations
+
 
 # %% ../nbs/07c_posthoc.ipynb #d0a2f3a0
 POSTHOC = {**{name: None for name in VALUATIONS}, 'kwon': lambda economy, budget, batches, loss_func, seed: kwon(economy, budget, batches, loss_func),
