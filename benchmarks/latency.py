@@ -12,7 +12,6 @@ import io
 import json
 import os
 import warnings
-from datetime import datetime, timezone
 from pathlib import Path
 
 import pandas as pd
@@ -21,7 +20,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from transformers.utils import logging
 
 from compecon.agents import example_inputs
-from compecon.clock import device_name, measure_prices, package_versions
+from compecon.clock import measure_prices, provenance
 from compecon.economy import Economy
 from compecon.flops import count_flops, latency
 from compecon.settle import settle
@@ -70,7 +69,7 @@ def settled(model, budgets, clock, tokens):
             try: allocate(economy, f'{b} {unit}', tariff if unit == 'latency' else None)
             except ValueError as e: print(e); continue
             counts = [int(o.sum()) for o in economy.split(economy.open)]
-            res[b, unit] = settle(economy, multiple=8), tariff.bill(counts)/clock.dense, counts
+            res[b, unit] = settle(economy), tariff.bill(counts)/clock.dense, counts
     return res
 
 
@@ -106,7 +105,7 @@ def main():
                     t, flops, memory = times.loc[[key]].iloc[0], count_flops(m, **x)/whole, peak(m, x)
                     row = dict(model=name, batch=batch, tokens=tokens, budget=key[0], priced_in=key[1], backend=backend, flops_ratio=flops, predicted_ratio=predicted if backend == 'eager' else None, latency_ratio=t.ratio,
                                low=t.low, high=t.high, efficiency=flops/t.ratio, ms=t.ms, dense_ms=times.ms['dense'], weights_mb=memory[0]/1e6, activations_mb=memory[1]/1e6, dense_weights_mb=dense_memory[0]/1e6, dense_activations_mb=dense_memory[1]/1e6,
-                               counts=counts, clock_spread=clock.spread, dtype=clock.made['dtype'], device=device_name(args.device), threads=args.threads, versions=package_versions('torch', 'transformers', 'onnxruntime'), when=datetime.now(timezone.utc).isoformat(timespec='seconds'))
+                               counts=counts, clock_spread=clock.spread, seed=0, **provenance(args.device))
                     rows.append(row)
                     with open(Path(args.out, 'latency.jsonl'), 'a') as f: f.write(json.dumps(row) + '\n')
                 torch._dynamo.reset()

@@ -12,7 +12,8 @@ from transformers.utils import logging
 
 from compecon.agents import example_inputs
 from compecon.economy import Economy, marginal_values
-from compecon.experiment import MINILM, load_dense, provenance
+from compecon.clock import provenance
+from compecon.experiment import MINILM, load_dense
 from compecon.flops import latency
 from compecon.glue import GLUE
 from compecon.leave import leave
@@ -56,7 +57,7 @@ def main():
     small.remove()
     candidates[f'after leaving, at {small.spend():.2f} of the FLOPs'] = stepper(small.model, inputs)
     table = latency(candidates, rounds=args.rounds, warmup=2, turn=0.5)
-    where = provenance()
+    where = provenance(default_device())
     print(f"{args.batch} x {args.tokens} tokens, {where['device']}, {where['threads']} threads, torch {torch.__version__}\n")
     print(table.round(3).to_markdown())
 

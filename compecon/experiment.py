@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MINILM', 'TASKS', 'ECONOMY', 'ENTRANTS', 'MARKETS', 'FAMILY', 'METHODS', 'FIRMS', 'DEFAULTS', 'MEMORY',
            'model_source', 'load_dense', 'finetune', 'predict', 'evaluate', 'load_task', 'Plan', 'Bench', 'compete',
-           'choose', 'market_epochs', 'train_family', 'train_run', 'now', 'provenance', 'measure', 'RunLog', 'run_plan']
+           'choose', 'market_epochs', 'train_family', 'train_run', 'measure', 'RunLog', 'run_plan']
 
 # %% ../nbs/13b_experiment.ipynb #c140e7ce
 import copy
@@ -13,12 +13,9 @@ import hashlib
 import importlib.util
 import json
 import math
-import platform
 import random
-import subprocess
 import time
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +33,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from .agents import FAMILIES, find_agents
 from .agreement import AGREEMENT, load_agreement
 from .callback import Answers, Distill, EconomyCallback, HFCallback, ask, distillation_loss
-from .clock import device_name, package_versions
+from .clock import now, provenance
 from .cost import check_budget, price_list
 from .economy import Economy
 from .exchange import exchange, tournament
@@ -329,20 +326,6 @@ def train_run(
     return small, time.perf_counter() - start, flops + 3*bench.flops(small)*epochs*len(bench.samples['train'])
 
 # %% ../nbs/13b_experiment.ipynb #dbf4c336
-def _commit():
-    "The commit of this package's own files, `-dirty` if they were changed since"
-    def git(*args): return subprocess.run(['git', '-C', str(Path(importlib.util.find_spec('compecon').origin).parent), *args], capture_output=True, text=True, check=True).stdout.strip()
-    try: return git('ls-files', '--error-unmatch', '__init__.py') and git('rev-parse', '--short', 'HEAD') + '-dirty'*bool(git('status', '--porcelain', '--', '.'))
-    except (OSError, subprocess.CalledProcessError): return 'unknown'
-
-def now(): return datetime.now(timezone.utc).isoformat(timespec='seconds')
-
-def provenance(
-    )->dict: # `device`, `threads`, `versions`, `commit`, `when`
-    "Where and when a run was made"
-    return dict(device=device_name(default_device()), threads=torch.get_num_threads(), versions=dict(python=platform.python_version(), **package_versions('compecon', 'torch', 'transformers', 'fastai')), commit=_commit(),
-                when=now())
-
 def measure(
     model:nn.Module, # A settled model
     bench:Bench, # With the dense model
@@ -363,7 +346,7 @@ class RunLog:
     def __init__(self,
         file:str|Path, # Of JSON lines
         plan:Plan # Whose runs; the others in the file are left alone
-        ): self.file, self.plan, self.provenance = Path(file), plan, provenance()
+        ): self.file, self.plan, self.provenance = Path(file), plan, provenance(default_device())
 
     def runs(self):
         "All runs of the plan, wanted now or earlier"

@@ -179,6 +179,7 @@ def latency(
     if not candidates: raise ValueError('nothing to time: `candidates` is empty')
     if rounds < 2: raise ValueError(f'rounds={rounds}: a spread needs at least 2')
     def timed(f, n):
+        if torch.cuda.is_available(): torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(n): f()
         if torch.cuda.is_available(): torch.cuda.synchronize()

@@ -7,7 +7,6 @@ __all__ = ['POSTHOC', 'rearrange', 'kwon', 'knowledge', 'k_prune', 'repaired', '
 
 # %% ../nbs/07c_posthoc.ipynb #bcc6d25f
 import copy
-import math
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 
 from .callback import distillation_loss
 from .economy import Economy
-from .repair import repair, repair_site, rescale, wanted_of_all
+from .repair import evaluating, repair, repair_site, rescale, wanted_of_all
 from .valuation import VALUATIONS, activation, appraise, gate_gradients
 
 # %% ../nbs/07c_posthoc.ipynb #4af54d99
@@ -82,24 +81,27 @@ def k_prune(
     seed:int=0 # Of labels drawn from the model's predictions
     )->torch.Tensor: # `(agents,)`: valuations
     "Choose and repair sub-layer by sub-layer, from below (K-prune, Park et al. 2024, arXiv 2308.03449)"
-    batches, training = list(batches), economy.model.training
-    economy.model.eval()
+    batches = list(batches)
     wanted, opened = wanted_of_all(economy, batches), torch.ones(len(economy), dtype=torch.bool, device=economy.log_values.device)
     decided, start = torch.zeros_like(opened), 0
-    for i, site in enumerate(economy.sites):
-        values = knowledge(economy, batches, opened.float(), seed=seed)
-        economy.valuations = torch.where(decided, torch.where(opened, values.max()*2 + values, 0), values)
-        economy.clear(budget)
-        decided[start:start + site.n] = True
-        opened = torch.where(decided, economy.open, True)
-        start += site.n
-        repair_site(economy, i, opened, wanted[i], batches)
-    economy.model.train(training)
+    with evaluating(economy.model):
+        for i, site in enumerate(economy.sites):
+            values = knowledge(economy, batches, opened.float(), seed=seed)
+            economy.valuations = torch.where(decided, torch.where(opened, values.max()*2 + values, 0), values)
+            economy.clear(budget)
+            decided[start:start + site.n] = True
+            opened = torch.where(decided, economy.open, True)
+            start += site.n
+            repair_site(economy, i, opened, wanted[i], batches)
     return economy.valuations
 
+
 # %% ../nbs/07c_posthoc.ipynb #0e4a4226
-def _answers(economy, batches): # Logits of all samples
-    with torch.no_grad(): return torch.cat([economy.model(**{k: v.to(economy.log_values.device) for k,v in x.items() if k != 'idx'}).logits for x,_ in batches])
+def _error(economy, batches, whole): # Distance of the answers from those of the whole model
+    with torch.no_grad(): errors = [(len(y), distillation_loss(economy.model(**_inputs(economy, x)).logits, y).item()) for (x, _), y in zip(batches, whole)]
+    return sum(n*e for n,e in errors)/sum(n for n,_ in errors)
+
+def _inputs(economy, x): return {k: v.to(economy.log_values.device) for k,v in x.items() if k != 'idx'}
 
 def repaired(
     economy:Economy, # Its valuations are set and the budget is cleared; output projections are refitted
@@ -109,22 +111,22 @@ def repaired(
     representation:tuple[float,...]=(0., 0.3, 1.) # Weights of what agents write, relative to what they are worth to the loss; each makes a candidate
     )->torch.Tensor: # `(agents,)`: valuations
     "Fisher valuations and least-squares repair, with the best share of representation: the training-free mode"
-    batches, training, costs = list(batches), economy.model.training, economy.prices.costs.to(economy.log_values.device)
-    economy.model.eval()
-    with economy.forcing(torch.ones(len(economy), device=costs.device)): whole = _answers(economy, batches)
-    shares = [v/(v*costs).sum() for v in (appraise(economy, 'fisher', batches, loss_func).clone(), activation(economy, batches))]
-    outs = [s.out for s in economy.sites]
-    dense, best = [copy.deepcopy(o.state_dict()) for o in outs], (math.inf,)
-    for r in representation:
-        for o, state in zip(outs, dense): o.load_state_dict(state)
-        economy.valuations = shares[0] + r*shares[1]
-        economy.clear(budget)
-        repair(economy, batches)
-        error = distillation_loss(_answers(economy, batches), whole).item()
-        if error < best[0]: best = error, economy.valuations, [copy.deepcopy(o.state_dict()) for o in outs]
+    if not representation: raise ValueError('representation=(): at least one weight')
+    batches, costs, outs = list(batches), economy.prices.costs.to(economy.log_values.device), [s.out for s in economy.sites]
+    wanted, dense, best = wanted_of_all(economy, batches), [copy.deepcopy(o.state_dict()) for o in outs], None
+    with evaluating(economy.model):
+        with torch.no_grad(), economy.forcing(torch.ones(len(economy), device=costs.device)): whole = [economy.model(**_inputs(economy, x)).logits for x,_ in batches]
+        shares = [v/(v*costs).sum() for v in (appraise(economy, 'fisher', batches, loss_func).clone(), activation(economy, batches))]
+        for r in representation:
+            for o, state in zip(outs, dense): o.load_state_dict(state)
+            economy.valuations = shares[0] + r*shares[1]
+            economy.clear(budget)
+            repair(economy, batches, wanted=wanted)
+            error = _error(economy, batches, whole)
+            if best is None or error < best[0]: best = error, economy.valuations, [copy.deepcopy(o.state_dict()) for o in outs]
     for o, state in zip(outs, best[2]): o.load_state_dict(state)
     economy.valuations = best[1]
-    economy.model.train(training)
+    economy.clear(budget)
     return economy.valuations
 
 

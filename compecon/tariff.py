@@ -27,17 +27,22 @@ class Budget:
     def __init__(self,
         text:str|float # As in '8 ms', '0.5 latency', '0.6 flops', '30e6 params'; a number alone is a share of FLOPs
         ):
-        if isinstance(text, Budget): text = str(text)
-        number, _, unit = (text if isinstance(text, str) else f'{text!r} flops').strip().partition(' ')
+        if isinstance(text, Budget): number, unit = text.amount, text.unit
+        elif isinstance(text, str): number, _, unit = text.strip().partition(' ')
+        else: number, unit = math.nan if isinstance(text, bool) else text, 'flops'
         try: amount = float(number)
-        except ValueError: amount = math.nan
+        except (ValueError, TypeError): amount = math.nan
         unit = unit.strip() or 'flops'
         if unit not in UNITS: raise ValueError(f"budget={text!r}: unknown unit {unit!r}, there are {', '.join(UNITS)}")
         if not 0 < amount < math.inf or amount > 1 and unit in ('flops', 'latency'):
             raise ValueError(f"budget={text!r}: an amount and a unit, as in '8 ms', '0.5 latency', '0.6 flops' or '30e6 params'; {unit} are a {UNITS[unit]}")
         object.__setattr__(self, 'amount', amount); object.__setattr__(self, 'unit', unit)
     def __str__(self): return f'{self.amount:g} {self.unit}'
-    def limit(self, total): return self.amount*total if self.unit in ('flops', 'latency') or self.unit == 'params' and self.amount <= 1 else self.amount
+    def limit(self,
+        total:float # What shares are shares of, in the budget's unit
+        )->float: # In the unit
+        "The most that may be spent"
+        return self.amount*total if self.unit in ('flops', 'latency') or self.unit == 'params' and self.amount <= 1 else self.amount
 
 # %% ../nbs/08d_tariff.ipynb #7e37c6de
 @dataclass(frozen=True)
@@ -49,9 +54,11 @@ class Tariff:
     spread: float=0. # How far a measured cost of the whole may be off, as a share of it
 
     @property
-    def total(self): return self.fixed + sum(c[-1].item() for c in self.curves)
+    def total(self): # With everybody open
+        return self.fixed + sum(c[-1].item() for c in self.curves)
     @property
-    def floor(self): return self.fixed + sum(c.min().item() for c in self.curves)
+    def floor(self): # The least that can be paid
+        return self.fixed + sum(c.min().item() for c in self.curves)
     def bill(self,
         counts:list[int] # Open agents at each site
         )->float: # In the unit
@@ -98,9 +105,9 @@ def best_counts(
     cost, sizes = np.concatenate([c.double().cpu().numpy() for c in tariff.curves]), [len(c) for c in tariff.curves]
     one = np.zeros((len(sizes), len(cost)))
     for i, (start, n) in enumerate(zip(np.cumsum([0, *sizes]), sizes)): one[i, start:start + n] = 1
-    scale = (limit - tariff.fixed) or 1.
-    res = milp(-np.concatenate(worth)/max(sum(w[-1] for w in worth), 1e-300), integrality=np.ones(len(cost)), bounds=Bounds(0, 1), options=dict(mip_rel_gap=1e-7),
-               constraints=[LinearConstraint(one, 1, 1), LinearConstraint(cost[None]/scale, -np.inf, 1 + 1e-9)])
+    res = milp(-1e6*np.concatenate(worth)/max(sum(w[-1] for w in worth), 1e-300), integrality=np.ones(len(cost)), bounds=Bounds(0, 1), options=dict(mip_rel_gap=0),
+               constraints=[LinearConstraint(one, 1, 1), LinearConstraint(cost[None]/tariff.total, -np.inf, (limit - tariff.fixed)/tariff.total + 1e-9)])
+    if res.x is None: raise ValueError(f'no combination was found within {limit:.4g} {tariff.unit}: {res.message}')
     return [int(x.argmax()) for x in np.split(res.x, np.cumsum(sizes)[:-1])]
 
 # %% ../nbs/08d_tariff.ipynb #f722d204
@@ -117,14 +124,15 @@ def allocate(
         tariff = dict(flops=flops_tariff, params=params_tariff)[unit](economy)
     if tariff.unit != unit: raise ValueError(f'budget={str(budget)!r} and a tariff in {tariff.unit}')
     if [len(c) - 1 for c in tariff.curves] != [s.n for s in economy.sites]: raise ValueError('this tariff was made for another model, or other blocks')
-    if budget.limit(tariff.total) < tariff.floor: raise ValueError(f'budget={str(budget)!r} is below the floor: what no agent owns already costs {tariff.floor:.4g} {unit}, a share of {tariff.floor/tariff.total:.4f}')
+    total = economy.prices.total if unit == 'flops' else tariff.total  # after `leave`, shares of FLOPs are still those of the model that was left
+    if budget.limit(total) < tariff.floor: raise ValueError(f'budget={str(budget)!r} is below the floor: what no agent owns already costs {tariff.floor:.4g} {unit}, a share of {tariff.floor/total:.4f}')
     orders, logs = _order(economy), economy.split(economy.log_values.data)
     costs = economy.split(economy.prices.costs.to(economy.log_values.device))
-    counts = best_counts([(log.exp()*cost)[order] for log,cost,order in zip(logs, costs, orders)], tariff, budget.limit(tariff.total))
+    counts = best_counts([(log.exp()*cost)[order] for log,cost,order in zip(logs, costs, orders)], tariff, budget.limit(total))
     prices = []
     for log, order, k in zip(logs, orders, counts):
         ranked = log[order]
-        if 0 < k < len(log) and ranked[k - 1] == ranked[k]: log[order[k:]] -= 1e-3  # twins of who is in stay out
+        if 0 < k < len(log): log[order[k:]] = ranked[k:].clamp_max(ranked[k - 1].nextafter(ranked.new_tensor(-math.inf)))  # twins of who is in stay out
         prices.append((log[order[k]] if k < len(log) else log.new_tensor(-math.inf)).expand(len(log)))
     economy.log_price, economy.gate.hard = torch.cat(prices), True
     return tariff.bill(counts)
