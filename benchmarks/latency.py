@@ -4,7 +4,8 @@ Run:  python benchmarks/latency.py [--models minilm,bert] [--sizes 1x1,1x16,1x12
 
 Every line of OUT/latency.jsonl is a settled model in a setting: its FLOPs, the time that was predicted, and its time, as shares of the dense model's with the same backend,
 measured in turns; efficiency is the share of FLOPs over the share of time. The weights are random (time does not depend on them), and so are the valuations: log-normal for agents and for sites.
-Structures are chosen under a budget of FLOPs, and under the same share of time by a clock that is measured first and kept in OUT/clocks.
+Structures are chosen under a budget of FLOPs, and under the same share of time by a clock that is measured first and kept in OUT/clocks; Torch-Pruning, where it is installed, makes
+models of about the same FLOPs.
 """
 import argparse
 import copy
@@ -44,18 +45,18 @@ def onnx(model, x):
 BACKENDS = dict(eager=lambda model, x: model, compiled=compiled, int8=int8, bfloat16=bfloat16, onnx=onnx)
 
 
-def peak(model, x):
-    "Bytes of the weights, and of the most that a forward pass holds beside them"
+def peak(model, call, x):
+    "Megabytes of the weights, and of the most that a forward pass holds beside them"
     weights = sum(p.numel()*p.element_size() for p in model.parameters())
     if x['input_ids'].is_cuda:
         torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
-        model(**x)
-        return weights, torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof: model(**x)
+        call()
+        return weights/1e6, (torch.cuda.max_memory_allocated() - before)/1e6
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof: call()
     held = most = 0
     for e in sorted((e for e in prof.profiler.kineto_results.events() if e.name() == '[memory]'), key=lambda e: e.start_ns()):
         held += e.nbytes(); most = max(most, held)
-    return weights, most
+    return weights/1e6, most/1e6
 
 
 def settled(model, budgets, clock, tokens):
@@ -73,6 +74,24 @@ def settled(model, budgets, clock, tokens):
     return res
 
 
+def torch_pruned(model, budget, x):
+    "Torch-Pruning at about the same FLOPs: by magnitude, all widths alike, that of the residual stream too"
+    try: import torch_pruning
+    except ImportError: return {}
+    model = copy.deepcopy(model)
+    attentions = [m for m in model.modules() if hasattr(m, 'query')]
+    hidden = model.config.hidden_size
+    ratio = 1 - round(budget**0.5*hidden/8)*8/hidden  # widths that hardware likes
+    with torch.enable_grad():
+        pruner = torch_pruning.pruner.BasePruner(model, x, torch_pruning.importance.MagnitudeImportance(), pruning_ratio=ratio, head_pruning_ratio=ratio, prune_num_heads=True,
+            num_heads={p: m.num_attention_heads for m in attentions for p in (m.query, m.key, m.value)}, ignored_layers=[model.classifier], output_transform=lambda y: y.logits.sum())
+        pruner.step()
+    for m in attentions:
+        m.num_attention_heads, m.all_head_size = pruner.num_heads[m.query], m.query.out_features
+        m.attention_head_size = m.all_head_size//m.num_attention_heads
+    return {(budget, 'torch-pruning'): (model, None, None)}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--models', default='minilm,bert')
@@ -86,6 +105,7 @@ def main():
     args = parser.parse_args()
     logging.set_verbosity_error(); warnings.filterwarnings('ignore', category=DeprecationWarning)
     torch.set_num_threads(args.threads); torch.set_grad_enabled(False)
+    torch._dynamo.config.recompile_limit = 64  # each settled model is another one of the same class
     rows = []
     for name in args.models.split(','):
         for size in args.sizes.split(','):
@@ -95,21 +115,23 @@ def main():
             x = example_inputs(model, tokens, batch)
             clock = measure_prices(model, batch, tokens, folder=Path(args.out, 'clocks'), seconds=args.seconds)
             small = settled(model, [float(b) for b in args.budgets.split(',')], clock, tokens)
+            for b in args.budgets.split(','): small |= torch_pruned(model, float(b), x)
             for backend in args.backends.split(','):
-                runs = {'dense': model} | {k: m for k,(m,*_) in small.items()}
-                calls = {k: (lambda f=BACKENDS[backend](m, x): f(**x)) for k,m in runs.items()}
+                made = {k: BACKENDS[backend](m, x) for k,m in {'dense': model, **{k: m for k,(m,*_) in small.items()}}.items()}
+                calls = {k: lambda f=f: f(**x) for k,f in made.items()}
                 once = latency({'dense': calls['dense']}, rounds=3).ms['dense']/1e3
-                times = latency(calls, rounds=int(min(50, max(7, args.seconds/len(calls)/max(0.01, once)))))
-                whole, dense_memory = count_flops(model, **x), peak(model, x)
+                times = latency(calls, rounds=int(min(50, max(7, args.seconds/len(calls)/(max(0.03, once) + min(0.1, 3*once))))))
+                whole, memory = count_flops(model, **x), {k: peak(f, calls[k], x) if backend in ('eager', 'bfloat16') else (None, None) for k,f in made.items()}
                 for key, (m, predicted, counts) in small.items():
-                    t, flops, memory = times.loc[[key]].iloc[0], count_flops(m, **x)/whole, peak(m, x)
+                    t, flops = times.loc[[key]].iloc[0], count_flops(m, **x)/whole
                     row = dict(model=name, batch=batch, tokens=tokens, budget=key[0], priced_in=key[1], backend=backend, flops_ratio=flops, predicted_ratio=predicted if backend == 'eager' else None, latency_ratio=t.ratio,
-                               low=t.low, high=t.high, efficiency=flops/t.ratio, ms=t.ms, dense_ms=times.ms['dense'], weights_mb=memory[0]/1e6, activations_mb=memory[1]/1e6, dense_weights_mb=dense_memory[0]/1e6, dense_activations_mb=dense_memory[1]/1e6,
+                               low=t.low, high=t.high, efficiency=flops/t.ratio, ms=t.ms, dense_ms=times.ms['dense'], weights_mb=memory[key][0], activations_mb=memory[key][1], dense_weights_mb=memory['dense'][0], dense_activations_mb=memory['dense'][1],
                                counts=counts, clock_spread=clock.spread, seed=0, **provenance(args.device))
                     rows.append(row)
                     with open(Path(args.out, 'latency.jsonl'), 'a') as f: f.write(json.dumps(row) + '\n')
                 torch._dynamo.reset()
-            print(pd.DataFrame(rows).drop(columns=['counts', 'versions', 'when', 'device', 'dtype', 'threads']).tail(len(small)*len(args.backends.split(','))).round(3).to_string(index=False), flush=True)
+    table = pd.DataFrame(rows)
+    if rows: print(table[['model', 'batch', 'tokens', 'backend', 'budget', 'priced_in', 'flops_ratio', 'predicted_ratio', 'latency_ratio', 'low', 'high', 'efficiency', 'ms', 'dense_ms']].round(3).to_markdown(index=False))
 
 
 if __name__ == '__main__':
