@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from .agents import width_in, width_out
 from .economy import Economy
@@ -97,18 +96,28 @@ def params_tariff(
 def best_counts(
     values:list[torch.Tensor], # For each site `(agents,)`: what each agent is worth, the best first
     tariff:Tariff, # What numbers of them cost
-    limit:float # In the tariff's unit; raises `ValueError` if it is below the tariff's floor
+    limit:float, # In the tariff's unit; raises `ValueError` if it is below the tariff's floor
+    levels:int=100_000 # Costs are rounded up to this part of what the limit leaves above the floor
     )->list[int]: # How many are open at each site
-    "The numbers of agents that are worth most within a limit, exactly"
+    "The numbers of agents that are worth most within a limit, by dynamic programming"
     if limit < tariff.floor: raise ValueError(f'a limit of {limit:.4g} {tariff.unit} is below the floor: what no agent owns already costs {tariff.floor:.4g}')
-    worth = [np.concatenate([[0.], v.double().cumsum(0).cpu().numpy()]) for v in values]
-    cost, sizes = np.concatenate([c.double().cpu().numpy() for c in tariff.curves]), [len(c) for c in tariff.curves]
-    one = np.zeros((len(sizes), len(cost)))
-    for i, (start, n) in enumerate(zip(np.cumsum([0, *sizes]), sizes)): one[i, start:start + n] = 1
-    res = milp(-1e6*np.concatenate(worth)/max(sum(w[-1] for w in worth), 1e-300), integrality=np.ones(len(cost)), bounds=Bounds(0, 1), options=dict(mip_rel_gap=0),
-               constraints=[LinearConstraint(one, 1, 1), LinearConstraint(cost[None]/tariff.total, -np.inf, (limit - tariff.fixed)/tariff.total + 1e-9)])
-    if res.x is None: raise ValueError(f'no combination was found within {limit:.4g} {tariff.unit}: {res.message}')
-    return [int(x.argmax()) for x in np.split(res.x, np.cumsum(sizes)[:-1])]
+    unit, best, picks, costs = max(limit - tariff.floor, 1e-12*tariff.total)/levels, np.zeros(levels + 1), [], []
+    for value, curve in zip(values, tariff.curves):
+        worth, curve = np.concatenate([[0.], value.double().cumsum(0).cpu().numpy()]), curve.double().cpu().numpy()
+        cost = np.ceil((curve - curve.min())/unit - 1e-6).astype(np.int64)
+        total, pick = np.full(levels + 1, -np.inf), np.zeros(levels + 1, dtype=np.int32) # The most that sites until here are worth, for each amount, and the number that takes
+        for k in np.flatnonzero(cost <= levels):
+            candidate = best[:levels + 1 - cost[k]] + worth[k]
+            better = candidate > total[cost[k]:]
+            total[cost[k]:][better], pick[cost[k]:][better] = candidate[better], k
+        best = total
+        picks.append(pick); costs.append(cost)
+    counts, left = [], levels
+    for pick, cost in zip(reversed(picks), reversed(costs)):
+        counts.append(int(pick[left]))
+        left -= cost[counts[-1]]
+    return counts[::-1]
+
 
 # %% ../nbs/08d_tariff.ipynb #f722d204
 def allocate(
