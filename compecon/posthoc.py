@@ -113,19 +113,20 @@ def repaired(
     "Fisher valuations and least-squares repair, with the best share of representation: the training-free mode"
     if not representation: raise ValueError('representation=(): at least one weight')
     batches, costs, outs = list(batches), economy.prices.costs.to(economy.log_values.device), [s.out for s in economy.sites]
-    wanted, dense, best = wanted_of_all(economy, batches), [copy.deepcopy(o.state_dict()) for o in outs], None
+    aside, rest = (batches[::4], [b for i,b in enumerate(batches) if i % 4]) if len(batches) > 3 else (batches, batches)
+    wanted, dense, errors = wanted_of_all(economy, rest), [copy.deepcopy(o.state_dict()) for o in outs], {}
+    def candidate(r, samples, wanted=None):
+        for o, state in zip(outs, dense): o.load_state_dict(state)
+        economy.valuations = shares[0] + r*shares[1]
+        economy.clear(budget)
+        repair(economy, samples, wanted=wanted)
     with evaluating(economy.model):
-        with torch.no_grad(), economy.forcing(torch.ones(len(economy), device=costs.device)): whole = [economy.model(**_inputs(economy, x)).logits for x,_ in batches]
+        with torch.no_grad(), economy.forcing(torch.ones(len(economy), device=costs.device)): whole = [economy.model(**_inputs(economy, x)).logits for x,_ in aside]
         shares = [v/(v*costs).sum() for v in (appraise(economy, 'fisher', batches, loss_func).clone(), activation(economy, batches))]
         for r in representation:
-            for o, state in zip(outs, dense): o.load_state_dict(state)
-            economy.valuations = shares[0] + r*shares[1]
-            economy.clear(budget)
-            repair(economy, batches, wanted=wanted)
-            error = _error(economy, batches, whole)
-            if best is None or error < best[0]: best = error, economy.valuations, [copy.deepcopy(o.state_dict()) for o in outs]
-    for o, state in zip(outs, best[2]): o.load_state_dict(state)
-    economy.valuations = best[1]
+            candidate(r, rest, wanted)
+            errors[r] = _error(economy, aside, whole)
+        candidate(min(errors, key=errors.get), batches)
     economy.clear(budget)
     return economy.valuations
 
