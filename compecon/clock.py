@@ -47,6 +47,9 @@ def package_versions(
         try: return version(p)
         except PackageNotFoundError: return 'not installed'
     return {p: found(p) for p in packages}
+
+
+# %% ../nbs/08e_clock.ipynb #9be01c44
 def _commit():
     "The commit of this package's own files, `-dirty` if they were changed since"
     def git(*args): return subprocess.run(['git', '-C', str(Path(importlib.util.find_spec('compecon').origin).parent), *args], capture_output=True, text=True, check=True).stdout.strip()
@@ -94,7 +97,7 @@ class Clock:
         for s in sites:
             if _kind(s) not in self.points: raise ValueError(f'{s!r} was not measured: this clock knows {", ".join(self.points)}')
         curves = [torch.from_numpy(np.interp(np.arange(s.n + 1), *zip(*self.points[_kind(s)]))) for s in sites]
-        return Tariff(curves, self.fixed, 'ms', self.spread)
+        return Tariff(curves, self.fixed, 'ms')
 
     def show(self,
         ms:float # A time that was predicted

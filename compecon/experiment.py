@@ -386,8 +386,10 @@ def _prepare(bench, log, models, bar):
     bench.dense = AutoModelForSequenceClassification.from_pretrained(folder).to(default_device()).eval()
     config, tokens = bench.dense.config, sum(len(x['input_ids']) for x,_ in bench.samples['train'])
     fits = not plan.hidden or 2*tokens*config.num_hidden_layers*config.hidden_size < MEMORY
-    bench.score, bench.answers = found['score'], ask(bench.dense, length_sorted(bench.samples['train'], 64, pad_id=bench.tokenizer.pad_token_id or 0), plan.hidden > 0) if fits else bench.dense
+    bench.score, bench.answers = found['score'], ask(bench.dense, length_sorted(bench.samples['train'], 64, pad_id=bench.tokenizer.pad_token_id or 0), plan.hidden > 0) if fits and plan.epochs else bench.dense
 
+
+# %% ../nbs/13b_experiment.ipynb #77c0aa19
 def run_plan(
     plan:Plan, # What to do
     out:str|Path, # Folder for `runs.jsonl` and `models/`

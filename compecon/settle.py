@@ -143,6 +143,8 @@ def shrink(
         cut(site, stay)
     return model
 
+
+# %% ../nbs/08_settle.ipynb #3c51d0a1
 def rounding(
     economy:Economy, # Its open set is to be rounded
     multiple:int=1 # Of features or neurons, for every width that is not zero
@@ -157,6 +159,8 @@ def rounding(
         res.append(torch.zeros_like(opened).index_fill(0, best, True))
     return torch.cat(res)
 
+
+# %% ../nbs/08_settle.ipynb #3c51d0a2
 def _record(economy, kept):
     "Who stayed, in agents of the dense model; in blocks that divide those of an earlier settlement, if there was one"
     before = getattr(economy.model.config, 'quantization_config', None)
@@ -188,6 +192,7 @@ def settle(
     shrink(model, kept, economy.block)
     model.config.quantization_config = config
     return model
+
 
 # %% ../nbs/08_settle.ipynb #e580af06
 class SettledConfig(QuantizationConfigMixin):

@@ -50,7 +50,6 @@ class Tariff:
     curves: list[torch.Tensor] # For each site `(agents + 1,)`: the cost of 0, 1, 2, ... of its agents, the best first
     fixed: float # What is paid in any case
     unit: str # Of the costs: 'flops', 'params' or 'ms'
-    spread: float=0. # How far a measured cost of the whole may be off, as a share of it
 
     @property
     def total(self): # With everybody open
@@ -101,6 +100,7 @@ def best_counts(
     )->list[int]: # How many are open at each site
     "The numbers of agents that are worth most within a limit, by dynamic programming"
     if limit < tariff.floor: raise ValueError(f'a limit of {limit:.4g} {tariff.unit} is below the floor: what no agent owns already costs {tariff.floor:.4g}')
+    if limit >= tariff.total*(1 - 1e-6): return [len(c) - 1 for c in tariff.curves]  # what rounding up would not see
     unit, best, picks, costs = max(limit - tariff.floor, 1e-12*tariff.total)/levels, np.zeros(levels + 1), [], []
     for value, curve in zip(values, tariff.curves):
         worth, curve = np.concatenate([[0.], value.double().cumsum(0).cpu().numpy()]), curve.double().cpu().numpy()
