@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .agents import Site
 
@@ -101,14 +102,22 @@ class ReLUGate(Gate):
         return self(logits) if self.hard else -torch.expm1(-logits.relu()/self.temperature)
 
 # %% ../nbs/02_gates.ipynb #71c9f275
+class _Handles(list):
+    def remove(self):
+        for h in self: h.remove()
+
 def attach_gate(
     site:Site, # Where
     shares:Callable[[],torch.Tensor] # Gives the open shares: `(n,)`, or `(batch, n)` with one row for each sequence
     ): # A handle; its `remove()` takes the gate away
-    "Multiply each agent's piece of the output projection's input by its open share"
-    def hook(module, args):
-        x, z = args[0], shares()                      # (..., n*width)
-        if z.ndim == 2: z = z.view(len(z), *[1]*(x.ndim-2), -1)  # (batch, 1, n)
-        return (x.unflatten(-1, (site.n, -1))*z.unsqueeze(-1).to(x.dtype)).flatten(-2), *args[1:]
-    hook.is_gate = True
-    return site.out.register_forward_pre_hook(hook)
+    "Scale what each agent writes by its open share"
+    whole = []
+    def enter(module, args):
+        z = shares().repeat_interleave(site.width, -1)
+        if z.ndim == 2: return args[0]*z.view(len(z), *[1]*(args[0].ndim - 2), -1).to(args[0].dtype), *args[1:]  # (batch, 1, n*width)
+        whole.append(module.weight)
+        module._parameters['weight'] = module.weight*(z[:, None] if isinstance(module, Conv1D) else z).to(module.weight.dtype)
+    def leave(module, *_):
+        if whole: module._parameters['weight'] = whole.pop()
+    enter.is_gate = leave.is_gate = True
+    return _Handles([site.out.register_forward_pre_hook(enter), site.out.register_forward_hook(leave, always_call=True)])

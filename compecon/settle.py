@@ -186,7 +186,8 @@ def settle(
     model, stay = economy.model if in_place else copy.deepcopy(economy.model), economy.split(rounding(economy, multiple))
     if getattr(model, 'hf_quantizer', None): model.hf_quantizer.remove_quantization_config(model)  # of weights that were dequantised on loading, as GGUF's
     for m in model.modules():
-        for key in [k for k,h in m._forward_pre_hooks.items() if getattr(h, 'is_gate', False)]: del m._forward_pre_hooks[key]
+        for hooks in (m._forward_pre_hooks, m._forward_hooks):
+            for key in [k for k,h in hooks.items() if getattr(h, 'is_gate', False)]: del hooks[key]
     kept = {s.name: o.nonzero().flatten().tolist() for s,o in zip(economy.sites, stay) if not o.all()}
     config = _record(economy, kept)
     shrink(model, kept, economy.block)

@@ -50,18 +50,29 @@ class Tariff:
     curves: list[torch.Tensor] # For each site `(agents + 1,)`: the cost of 0, 1, 2, ... of its agents, the best first
     fixed: float # What is paid in any case
     unit: str # Of the costs: 'flops', 'params' or 'ms'
+    sums: list=() # Where a whole does not cost the sum of its parts: such sums from the floor to the total, rising,
+    wholes: list=() # and what wholes of these sums cost, rising too
 
     @property
+    def least(self): # The smallest sum
+        return self.fixed + sum(c.min().item() for c in self.curves)
+    @property
     def total(self): # With everybody open
-        return self.fixed + sum(c[-1].item() for c in self.curves)
+        return self.bill([-1]*len(self.curves))
     @property
     def floor(self): # The least that can be paid
-        return self.fixed + sum(c.min().item() for c in self.curves)
+        return self._whole(self.least)
     def bill(self,
         counts:list[int] # Open agents at each site
         )->float: # In the unit
         "What a combination of numbers costs"
-        return self.fixed + sum(c[k].item() for c,k in zip(self.curves, counts))
+        return self._whole(self.fixed + sum(c[k].item() for c,k in zip(self.curves, counts)))
+    def _whole(self, parts): return float(np.interp(parts, self.sums, self.wholes)) if len(self.sums) else parts
+    def parts(self,
+        limit:float # For a whole model, in the unit, not above the total
+        )->float: # In the unit
+        "The sum that parts may cost, so that the whole keeps a limit"
+        return float(np.interp(limit, self.wholes, self.sums)) if len(self.sums) else limit
 
 # %% ../nbs/08d_tariff.ipynb #0e8ecc17
 def _order(economy): return [v.argsort(descending=True, stable=True) for v in economy.split(economy.log_values.detach())]
@@ -101,7 +112,7 @@ def best_counts(
     "The numbers of agents that are worth most within a limit, by dynamic programming"
     if limit < tariff.floor: raise ValueError(f'a limit of {limit:.4g} {tariff.unit} is below the floor: what no agent owns already costs {tariff.floor:.4g}')
     if limit >= tariff.total*(1 - 1e-6): return [len(c) - 1 for c in tariff.curves]  # what rounding up would not see
-    unit, best, picks, costs = max(limit - tariff.floor, 1e-12*tariff.total)/levels, np.zeros(levels + 1), [], []
+    unit, best, picks, costs = max(tariff.parts(limit) - tariff.least, 1e-12*tariff.total)/levels, np.zeros(levels + 1), [], []
     for value, curve in zip(values, tariff.curves):
         worth, curve = np.concatenate([[0.], value.double().cumsum(0).cpu().numpy()]), curve.double().cpu().numpy()
         cost = np.ceil((curve - curve.min())/unit - 1e-6).astype(np.int64)

@@ -49,7 +49,7 @@ def activation(
     handles = [s.out.register_forward_pre_hook(hook(i)) for i,s in enumerate(economy.sites)]
     model.eval()
     try:
-        with torch.no_grad(), economy.forcing(torch.ones(len(economy), device=device) if opened is None else opened):
+        with torch.no_grad(), economy.forcing((torch.ones(len(economy), device=device) if opened is None else opened)[None]):  # as if each sequence had its own, so that what is read is scaled
             for x, _ in batches:
                 mask = x['attention_mask'].to(device) if 'attention_mask' in x else None
                 model(**{k: v.to(device) for k,v in x.items() if k != 'idx'})
