@@ -92,6 +92,24 @@ def torch_pruned(model, budget, x):
     return {(budget, 'torch-pruning'): (model, None, None)}
 
 
+def tables(file):
+    "The tables of benchmarks/README.md, for each device: efficiency and latency, the clock's error, time and memory of the dense models"
+    text, key = [], ['model', 'backend', 'priced_in', 'budget']
+    for (device, threads), rows in pd.read_json(file, lines=True).groupby(['device', 'threads']):
+        rows['size'] = rows.batch.astype(str) + ' x ' + rows.tokens.astype(str)
+        rows = rows.drop_duplicates([*key, 'size'], keep='last').sort_values(['batch', 'tokens'])
+        def across(values, by, **kw): return rows.assign(shown=values).dropna(subset='shown').pivot_table('shown', by, 'size', sort=False, **kw).sort_index(ascending=[b != 'budget' for b in by])
+        error, longest = 100*(rows.predicted_ratio/rows.latency_ratio - 1).abs(), rows[rows['size'] == rows['size'].iloc[-1]]
+        parts = {'efficiency (share of the time)': across([f'{e:.2f} ({t:.2f})' for e,t in zip(rows.efficiency, rows.latency_ratio)], key, aggfunc='last'),
+                 "error of the clock's prediction in per cent, median": across(error, ['model'], aggfunc='median').round(1), 'the largest': across(error, ['model'], aggfunc='max').round(1),
+                 'dense model, ms': across(rows.dense_ms, ['model', 'backend']).round(1),
+                 'weights and activations at the longest, MB': longest.dropna(subset='weights_mb').set_index(key).sort_index()[[c for c in rows if c.endswith('_mb')]].round(1)}
+        spread = ((rows.high - rows.low)/rows.latency_ratio).quantile([0.5, 0.9])
+        text += [f'{device}, {threads} threads; distance of the quartiles as a share of the ratio: median {spread[0.5]:.3f}, 90th percentile {spread[0.9]:.3f}']
+        text += [f'{title}:\n\n{t.reset_index().to_markdown(index=False)}' for title,t in parts.items()]
+    return '\n\n'.join(text)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--models', default='minilm,bert')
@@ -100,13 +118,14 @@ def main():
     parser.add_argument('--backends', default='eager')
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--tables', action='store_true', help='print the tables of what is in OUT already, and measure nothing')
     parser.add_argument('--seconds', type=float, default=60., help='for each clock, and for each table')
     parser.add_argument('--out', default='results')
     args = parser.parse_args()
+    if args.tables: return print(tables(Path(args.out, 'latency.jsonl')))
     logging.set_verbosity_error(); warnings.filterwarnings('ignore', category=DeprecationWarning)
     torch.set_num_threads(args.threads); torch.set_grad_enabled(False)
     torch._dynamo.config.recompile_limit = 64  # each settled model is another one of the same class
-    rows = []
     for name in args.models.split(','):
         for size in args.sizes.split(','):
             batch, tokens = map(int, size.split('x'))
@@ -127,11 +146,9 @@ def main():
                     row = dict(model=name, batch=batch, tokens=tokens, budget=key[0], priced_in=key[1], backend=backend, flops_ratio=flops, predicted_ratio=predicted if backend == 'eager' else None, latency_ratio=t.ratio,
                                low=t.low, high=t.high, efficiency=flops/t.ratio, ms=t.ms, dense_ms=times.ms['dense'], weights_mb=memory[key][0], activations_mb=memory[key][1], dense_weights_mb=memory['dense'][0], dense_activations_mb=memory['dense'][1],
                                counts=counts, clock_spread=clock.spread, seed=0, **provenance(args.device))
-                    rows.append(row)
                     with open(Path(args.out, 'latency.jsonl'), 'a') as f: f.write(json.dumps(row) + '\n')
                 torch._dynamo.reset()
-    table = pd.DataFrame(rows)
-    if rows: print(table[['model', 'batch', 'tokens', 'backend', 'budget', 'priced_in', 'flops_ratio', 'predicted_ratio', 'latency_ratio', 'low', 'high', 'efficiency', 'ms', 'dense_ms']].round(3).to_markdown(index=False))
+    print(tables(Path(args.out, 'latency.jsonl')))
 
 
 if __name__ == '__main__':
