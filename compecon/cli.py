@@ -70,7 +70,7 @@ def frontier(
     task:Annotated[str, typer.Option(help="'agreement' (built in), 'cola', 'stsb' or 'mnli'.")]='agreement',
     data:Annotated[Optional[str], typer.Option(help='Folder with glue/<task>/<split>.jsonl (or .csv). Without it, the hub.')]=None,
     budgets:Annotated[str, typer.Option(help="Shares of the dense model's FLOPs, in (0, 1], separated by commas.")]='0.4,0.2',
-    methods:Annotated[str, typer.Option(help='Separated by commas. economy; markets: measured, cleared, lottery, cofi, ddp; one checkpoint for all budgets: economy-any-price; after training: taylor, fisher, kwon, repair, kprune, activation, magnitude, random.')]='economy,taylor',
+    methods:Annotated[str, typer.Option(help='Separated by commas. economy; markets: measured, cleared, lottery, cofi, ddp; one checkpoint for all budgets: economy-any-price; after training: taylor, fisher, kwon, repair, kprune, activation, magnitude, random.')]='repair,fisher',
     seeds:Annotated[int, typer.Option(help='How many seeds to run; more of them give intervals.')]=1,
     epochs:Annotated[Optional[int], typer.Option(help='Epochs after the dense fine-tune, for every method; 0 is training-free. Default: 2 for agreement, 4 for GLUE.')]=None,
     dense_epochs:Annotated[Optional[int], typer.Option(help='Epochs of the dense fine-tune. Default: 3.')]=None,

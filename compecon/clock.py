@@ -164,8 +164,8 @@ def measure_prices(
     kinds = {}
     for s in find_agents(model, block): kinds.setdefault(_kind(s), []).append(s)
     def cut(kind, k): return {s.name: _first(s, k) for s in kinds[kind]}
-    def alike(share): return {kind: math.ceil(share*sites[0].n) for kind,sites in kinds.items()}
-    models = {'dense': model} | {share: _sized(model, {n: v for kind,k in alike(share).items() for n,v in cut(kind, k).items()}, block) for share in (0, *ALIKE)}
+    nobody, *alike = sorted({tuple(math.ceil(share*sites[0].n) for sites in kinds.values()) for share in (0, *ALIKE)} - {tuple(sites[0].n for sites in kinds.values())})
+    models = {'dense': model} | {counts: _sized(model, {n: v for kind,k in zip(kinds, counts) for n,v in cut(kind, k).items()}, block) for counts in (nobody, *alike)}
     models |= {(kind, k): _sized(model, cut(kind, k), block) for kind,sites in kinds.items() for k in _grid(sites[0].n)[:-1]}
     x = example_inputs(model, tokens, batch)
     with torch.no_grad():
@@ -179,11 +179,12 @@ def measure_prices(
     dense = times.ms['dense']
     ms = times.ratio*dense
     steps = {kind: [[k, max(0., ms.get((kind, k), dense) - ms[kind, 0])] for k in _grid(sites[0].n)] for kind,sites in kinds.items()}
-    rate = (dense - ms[0])/max(sum(s[-1][1] for s in steps.values()), 1e-9)
+    rate = (dense - ms[nobody])/max(sum(s[-1][1] for s in steps.values()), 1e-9)
     points = {kind: [[k, rate*s/len(kinds[kind])] for k,s in step] for kind,step in steps.items()}
-    ends = [float(ms[0]), float(dense)]
-    def should(share): return ends[0] + sum(len(kinds[kind])*np.interp(k, *zip(*points[kind])) for kind,k in alike(share).items())
-    sums, wholes = np.clip(sorted([(end, end) for end in ends] + [(should(share), ms[share]) for share in ALIKE]), *ends).T
-    clock = Clock(made, points, *ends, sums.tolist(), np.maximum.accumulate(wholes).tolist(), float(spread))
+    ends = [float(ms[nobody]), float(dense)]
+    def should(counts): return ends[0] + sum(len(kinds[kind])*np.interp(k, *zip(*points[kind])) for kind,k in zip(kinds, counts))
+    sums, wholes = np.clip(sorted([(end, end) for end in ends] + [(should(counts), ms[counts]) for counts in alike]), *ends).T
+    rising = np.append(np.diff(sums) > 0, True)
+    clock = Clock(made, points, *ends, sums[rising].tolist(), np.maximum.accumulate(wholes)[rising].tolist(), float(spread))
     clock.save(file)
     return clock

@@ -172,7 +172,7 @@ class Plan:
     first: int=0            # The first of them; the others follow
     epochs: int|None=None   # After the dense fine-tune, for every method; 0 is training-free; DEFAULTS if `None`
     dense_epochs: int|None=None # Of the dense fine-tune; DEFAULTS if `None`
-    methods: tuple[str,...]=('economy', 'taylor') # Names in METHODS
+    methods: tuple[str,...]=('repair', 'fisher') # Names in METHODS
     lr: float|None=None     # Peak learning rate of the dense fine-tune; DEFAULTS if `None`
     recover_lr: float|None=None # Peak learning rate after it; DEFAULTS if `None`
     bs: int|None=None       # Batch size; DEFAULTS if `None`

@@ -102,9 +102,11 @@ class ReLUGate(Gate):
         return self(logits) if self.hard else -torch.expm1(-logits.relu()/self.temperature)
 
 # %% ../nbs/02_gates.ipynb #71c9f275
-class _Handles(list):
+class _Handles:
+    def __init__(self, module, leave, handles): self.module, self.leave, self.handles = module, leave, handles
     def remove(self):
-        for h in self: h.remove()
+        for h in self.handles: h.remove()
+        self.leave(self.module)
 
 def attach_gate(
     site:Site, # Where
@@ -112,12 +114,16 @@ def attach_gate(
     ): # A handle; its `remove()` takes the gate away
     "Scale what each agent writes by its open share"
     whole = []
-    def enter(module, args):
-        z = shares().repeat_interleave(site.width, -1)
-        if z.ndim == 2: return args[0]*z.view(len(z), *[1]*(args[0].ndim - 2), -1).to(args[0].dtype), *args[1:]  # (batch, 1, n*width)
-        whole.append(module.weight)
-        module._parameters['weight'] = module.weight*(z[:, None] if isinstance(module, Conv1D) else z).to(module.weight.dtype)
     def leave(module, *_):
         if whole: module._parameters['weight'] = whole.pop()
+    def enter(module, args):
+        leave(module)  # if the last call was interrupted
+        x, z, w = args[0], shares().repeat_interleave(site.width, -1), module._parameters.get('weight')
+        if z.ndim == 2: z = z.view(len(z), *[1]*(x.ndim - 2), -1)  # (batch, 1, n*width)
+        elif isinstance(w, nn.Parameter) and w.is_floating_point() and w.device == x.device and w.numel() < x.numel():
+            whole.append(w)
+            module._parameters['weight'] = w*(z[:, None] if isinstance(module, Conv1D) else z).to(w.dtype)
+            return
+        return x*z.to(x.dtype), *args[1:]
     enter.is_gate = leave.is_gate = True
-    return _Handles([site.out.register_forward_pre_hook(enter), site.out.register_forward_hook(leave, always_call=True)])
+    return _Handles(site.out, leave, [site.out.register_forward_pre_hook(enter), site.out.register_forward_hook(leave, prepend=True, always_call=True)])

@@ -187,7 +187,7 @@ def settle(
     if getattr(model, 'hf_quantizer', None): model.hf_quantizer.remove_quantization_config(model)  # of weights that were dequantised on loading, as GGUF's
     for m in model.modules():
         for hooks in (m._forward_pre_hooks, m._forward_hooks):
-            for key in [k for k,h in hooks.items() if getattr(h, 'is_gate', False)]: del hooks[key]
+            for key in [k for k,h in hooks.items() if getattr(h, 'is_gate', False)]: hooks.pop(key), m._forward_hooks_always_called.pop(key, None)
     kept = {s.name: o.nonzero().flatten().tolist() for s,o in zip(economy.sites, stay) if not o.all()}
     config = _record(economy, kept)
     shrink(model, kept, economy.block)

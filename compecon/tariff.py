@@ -50,8 +50,8 @@ class Tariff:
     curves: list[torch.Tensor] # For each site `(agents + 1,)`: the cost of 0, 1, 2, ... of its agents, the best first
     fixed: float # What is paid in any case
     unit: str # Of the costs: 'flops', 'params' or 'ms'
-    sums: list=() # Where a whole does not cost the sum of its parts: such sums from the floor to the total, rising,
-    wholes: list=() # and what wholes of these sums cost, rising too
+    sums: list=() # Where a whole does not cost the sum of its parts: such sums, from `least` to everybody's, rising,
+    wholes: list=() # and what wholes of these sums cost, not falling
 
     @property
     def least(self): # The smallest sum
