@@ -1,6 +1,6 @@
 """Latency follows FLOPs: settled models against dense, by size, batch, length and budget, with what the clock predicted.
 
-Run:  python benchmarks/latency.py [--models minilm,bert] [--sizes 1x1,1x16,1x128,8x128] [--budgets 0.6,0.4,0.2] [--backends eager,compiled,int8,bfloat16,onnx] [--threads 1]
+Run:  python benchmarks/latency.py [--models minilm,bert] [--sizes 1x1,1x16,1x128,8x128] [--budgets 0.6,0.4,0.2] [--backends eager,layout,compiled,int8,bfloat16,onnx] [--threads 1]
 
 Every line of OUT/latency.jsonl is a settled model in a setting: its FLOPs, the time that was predicted, and its time, as shares of the dense model's with the same backend,
 measured in turns; efficiency is the share of FLOPs over the share of time. The weights are random (time does not depend on them), and so are the valuations: log-normal for agents and for sites.
@@ -24,6 +24,7 @@ from compecon.agents import example_inputs
 from compecon.clock import measure_prices, provenance
 from compecon.economy import Economy
 from compecon.flops import count_flops, latency
+from compecon.layout import fit_layout
 from compecon.settle import settle
 from compecon.tariff import allocate
 
@@ -32,6 +33,10 @@ MODELS = dict(minilm=dict(hidden_size=384, num_hidden_layers=6, intermediate_siz
 def compiled(model, x): return torch.compile(model, dynamic=False)
 def int8(model, x): return torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {torch.nn.Linear})
 def bfloat16(model, x): return copy.deepcopy(model).bfloat16()
+def layout(model, x):
+    model = copy.deepcopy(model)
+    fit_layout(model, *x['input_ids'].shape)
+    return model
 def onnx(model, x):
     import onnxruntime
     file, options = io.BytesIO(), onnxruntime.SessionOptions()
@@ -42,7 +47,7 @@ def onnx(model, x):
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(file.getvalue(), options)
     return lambda input_ids: session.run(None, {session.get_inputs()[0].name: input_ids.numpy()})
-BACKENDS = dict(eager=lambda model, x: model, compiled=compiled, int8=int8, bfloat16=bfloat16, onnx=onnx)
+BACKENDS = dict(eager=lambda model, x: model, layout=layout, compiled=compiled, int8=int8, bfloat16=bfloat16, onnx=onnx)
 
 
 def peak(model, call, x):
@@ -140,7 +145,7 @@ def main():
                 calls = {k: lambda f=f: f(**x) for k,f in made.items()}
                 once = latency({'dense': calls['dense']}, rounds=3).ms['dense']/1e3
                 times = latency(calls, rounds=int(min(50, max(7, args.seconds/len(calls)/(max(0.03, once) + min(0.1, 3*once))))))
-                whole, memory = count_flops(model, **x), {k: peak(f, calls[k], x) if backend in ('eager', 'bfloat16') else (None, None) for k,f in made.items()}
+                whole, memory = count_flops(model, **x), {k: peak(f, calls[k], x) if backend in ('eager', 'layout', 'bfloat16') else (None, None) for k,f in made.items()}
                 for key, (m, predicted, counts) in small.items():
                     t, flops = times.loc[[key]].iloc[0], count_flops(m, **x)/whole
                     row = dict(model=name, batch=batch, tokens=tokens, budget=key[0], priced_in=key[1], backend=backend, flops_ratio=flops, predicted_ratio=predicted if backend == 'eager' else None, latency_ratio=t.ratio,
