@@ -161,6 +161,7 @@ METHODS = ECONOMY, *MARKETS, FAMILY, *POSTHOC
 FIRMS = {'kwon': 'fisher', 'repair': 'fisher', 'kprune': 'fisher', **{m: 'taylor' for m in (*MARKETS, FAMILY)}} # Who appraises neurons when firms are formed, if not the method itself
 DEFAULTS = {t: dict(epochs=4, dense_epochs=3, lr=5e-5, recover_lr=3e-4, bs=32) for t in GLUE} | {'agreement': dict(epochs=2, dense_epochs=3, lr=1e-4, recover_lr=3e-4, bs=16)}
 
+# %% ../nbs/13b_experiment.ipynb #292f8382
 @dataclass(frozen=True)
 class Plan:
     "A frontier experiment; raises `ValueError` if it cannot be"
