@@ -72,7 +72,7 @@ class EconomyCallback(Callback):
     def before_fit(self):
         if self.economy is None: self.economy = Economy(_hf_model(self.model), **self.kwargs)
         self.economy.log_values.data = self.economy.log_values.to(next(self.model.parameters()).device)
-        self.bidder = torch.optim.Adam([self.economy.log_values], self.bid_lr)
+        self.bidder = torch.optim.Adam(self.economy.parameters(), self.bid_lr)
         if getattr(self.market, 'learned', False):
             self.measure = False
             self.economy.log_values.data.fill_(self.economy.gate.start)
@@ -100,13 +100,14 @@ class EconomyCallback(Callback):
             keep = min(self._memory, 1 - 1/self._seen)
             self._mean = keep*self._mean + (1 - keep)*marginal_values(self.economy)/scale
         elif not self.economy.gate.hard:
-            self.economy.log_values.grad /= scale
+            for p in self.economy.parameters():
+                if p.grad is not None: p.grad /= scale
             self.bidder.step()
         self.bidder.zero_grad()
 
     def after_batch(self):
         e, shares = self.economy, self.economy.shares.detach()
-        self.history.append(dict(pct=self.pct_train, price=e.price, spend=e.prices.spend(shares).item(), open=int((shares > 0).sum())))
+        self.history.append(dict(pct=self.pct_train, price=e.price, spend=e.prices.spend(shares).mean().item(), open=int((shares > 0).sum(-1).float().mean())))  # means, where each sequence has shares of its own
 
     def after_fit(self): self.learn.metrics = [m for m in self.metrics if m not in self._columns]
 

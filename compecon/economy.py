@@ -49,6 +49,7 @@ class GatedModel:
     @property
     def open(self): return self.logits.detach() > 0
     def __len__(self): return len(self.log_values)
+    def parameters(self): return [self.log_values] # What bids are learned by
     def split(self, x): return x.split([s.n for s in self.sites], -1)
 
     @contextmanager
@@ -127,4 +128,5 @@ def marginal_values(
     )->torch.Tensor: # `(agents,)`: |dL/dz| per share of the whole model's compute
     "Marginal value of every agent's compute in the latest batch; raises `ValueError` if there was no backward pass"
     if economy.shares is None or economy.shares.grad is None: raise ValueError('no marginal values before a backward pass through the model')
-    return economy.shares.grad.abs()/economy.prices.costs.to(economy.shares.device)
+    g = economy.shares.grad
+    return (g if g.ndim == 1 else g.sum(0)).abs()/economy.prices.costs.to(g.device)

@@ -174,16 +174,17 @@ def latency(
     warmup:int=3, # Calls before the clock starts
     turn:float=0.03, # Length of a turn, in seconds, at least
     seed:int=0, # Of the order of turns
+    clock:Callable[[],float]=time.perf_counter # In seconds; with `time.thread_time`, what other processes do to a single thread counts less
     )->pd.DataFrame: # For each candidate: median `ms` with quartiles, median `ratio` to the first with quartiles
     "Interleaved wall-clock timing: medians and quartiles, in milliseconds and relative to the first candidate"
     if not candidates: raise ValueError('nothing to time: `candidates` is empty')
     if rounds < 2: raise ValueError(f'rounds={rounds}: a spread needs at least 2')
     def timed(f, n):
         if torch.cuda.is_available(): torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = clock()
         for _ in range(n): f()
         if torch.cuda.is_available(): torch.cuda.synchronize()
-        return (time.perf_counter() - start)/n
+        return (clock() - start)/n
     once = {k: [timed(f, 1) for _ in range(warmup+1)][-1] for k,f in candidates.items()}
     repeats = {k: max(1, int(turn/once[k])) for k in candidates}
     times, order, rng = {k: [] for k in candidates}, list(candidates), random.Random(seed)

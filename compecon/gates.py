@@ -119,7 +119,7 @@ def attach_gate(
     def enter(module, args):
         leave(module)  # if the last call was interrupted
         x, z, w = args[0], shares().repeat_interleave(site.width, -1), module._parameters.get('weight')
-        if z.ndim == 2: z = z.view(len(z), *[1]*(x.ndim - 2), -1)  # (batch, 1, n*width)
+        if z.ndim == 2: z = z.repeat_interleave(len(x)//len(z), 0).view(len(x), *[1]*(x.ndim - 2), -1)  # (batch, 1, n*width); OPT has (batch*tokens, n*width)
         elif isinstance(w, nn.Parameter) and w.is_floating_point() and w.device == x.device and w.numel() < x.numel():
             whole.append(w)
             module._parameters['weight'] = w*(z[:, None] if isinstance(module, Conv1D) else z).to(w.dtype)
