@@ -153,6 +153,7 @@ def prebuild(
     variant:str='avx2' # A name in VARIANTS, or 'all' for CUDA
     )->Path: # The library, in the package
     "Build a library into the package, for a wheel to carry; raises `BuildError`"
+    if variant not in (*VARIANTS, 'all'): raise ValueError(f'unknown variant {variant!r}: there are {", ".join(VARIANTS)}, and all for CUDA')
     target = 'cuda' if variant == 'all' else 'cpu'
     source, compiler, flags = _command(target, variant)
     file = SOURCES/f'{target}-{variant}-{hashlib.sha1(source.read_bytes()).hexdigest()[:12]}.so'

@@ -49,7 +49,13 @@ class Door:
         if self.opened.group.device != device: self.opened = self.opened.to(device)
         return self.opened
 
-# %% ../nbs/09a_packed.ipynb #9d20a3ec
+# %% ../nbs/09a_packed.ipynb #13b1b211
+_UP, _DOWN = torch.ops.compecon.up.default, torch.ops.compecon.down.default
+
+def _call(op, *args): # Without asking for gradients where there are none: it takes longer than a product of one token
+    if torch.is_grad_enabled() or torch.compiler.is_compiling(): return op(*args)
+    with torch._C._AutoDispatchBelowAutograd(): return op(*args)
+
 class Packed(nn.Module):
     "What packed projections share"
     def __init__(self, door, weight, bias):
@@ -83,7 +89,7 @@ class PackedUp(Packed):
     def forward(self, x):
         door, o, heads = self.door, self.door.on(x.device), self.door.kind == 'head'
         rows = x.reshape(o.groups, -1, x.shape[-1])
-        hs = [torch.ops.compecon.up(rows, getattr(self, f'panels{i}'), getattr(self, f'scale{i}'), getattr(self, f'bias{i}'), o.group, o.block, self.activation, heads) for i in range(self.parts)]
+        hs = [_call(_UP, rows, getattr(self, f'panels{i}'), getattr(self, f'scale{i}'), getattr(self, f'bias{i}'), o.group, o.block, self.activation, heads) for i in range(self.parts)]
         if heads: hs = [self._laid(h, o).reshape(*x.shape[:-1], -1) for h in hs]
         else: door.lead = x.shape[:-1]
         return hs[0] if self.parts == 1 else torch.cat(hs, -1)
@@ -107,14 +113,14 @@ class PackedDown(Packed):
     def forward(self, x):
         door, o = self.door, self.door.on(x.device)
         lead, h = (door.lead, x) if door.kind == 'block' else (x.shape[:-1], self._picked(x, o))
-        return torch.ops.compecon.down(h, self.panels, self.scale, self.bias, o.group, o.block, o.groups).reshape(*lead, -1)
+        return _call(_DOWN, h, self.panels, self.scale, self.bias, o.group, o.block, o.groups).reshape(*lead, -1)
 
     def _picked(self, x, o): # (..., heads*width) -> (pairs, rows, width)
         width = self.panels.shape[2]
         if self.door.few or self.door.all: return x.reshape(-1, x.shape[-1]//width, width).transpose(0, 1)[:len(o.block)]
         return x.reshape(o.groups, -1, o.blocks, width).transpose(1, 2)[o.group, o.block]
 
-# %% ../nbs/09a_packed.ipynb #72e05fb3
+# %% ../nbs/09a_packed.ipynb #077f5c10
 _KNOWN = {'gelu': (hf.GELUActivation,), 'gelu_tanh': (hf.NewGELUActivation, getattr(hf, 'GELUTanh', ()), getattr(hf, 'PytorchGELUTanh', ())), 'silu': (hf.SiLUActivation, nn.SiLU), 'relu': (nn.ReLU,)}
 
 def _activation(module): # Its name in ACTIVATIONS, if it is one of them
@@ -144,7 +150,6 @@ def pack(
         if s.width % PANEL: raise ValueError(f'{s!r}: agents of {s.width} features cannot be packed, which takes multiples of {PANEL}')
     load(next(model.parameters()).device.type)
     model.doors = []
-    packed = {}  # some models use a layer more than once
     for s in find_agents(model, block):
         door, paths = Door(s), {m: path for path,m in s.base.named_modules()}
         activation = _fuse(s)
