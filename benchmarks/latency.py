@@ -1,6 +1,6 @@
 """Latency follows FLOPs: settled models against dense, by size, batch, length and budget, with what the clock predicted.
 
-Run:  python benchmarks/latency.py [--models minilm,bert] [--sizes 1x1,1x16,1x128,8x128] [--budgets 0.6,0.4,0.2] [--backends eager,layout,compiled,int8,bfloat16,onnx] [--threads 1]
+Run:  python benchmarks/latency.py [--models minilm,bert] [--sizes 1x1,1x16,1x128,8x128] [--budgets 0.6,0.4,0.2] [--backends eager,layout,packed,packed_bf16,packed_int8,packed_compiled,compiled,int8,bfloat16,onnx] [--threads 1]
 
 Every line of OUT/latency.jsonl is a settled model in a setting: its FLOPs, the time that was predicted, and its time, as shares of the dense model's with the same backend,
 measured in turns; efficiency is the share of FLOPs over the share of time. The weights are random (time does not depend on them), and so are the valuations: log-normal for agents and for sites.
@@ -13,6 +13,7 @@ import io
 import json
 import os
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -25,6 +26,7 @@ from compecon.clock import measure_prices, provenance
 from compecon.economy import Economy
 from compecon.flops import count_flops, latency
 from compecon.layout import fit_layout
+from compecon.packed import pack
 from compecon.settle import settle
 from compecon.tariff import allocate
 
@@ -47,7 +49,8 @@ def onnx(model, x):
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(file.getvalue(), options)
     return lambda input_ids: session.run(None, {session.get_inputs()[0].name: input_ids.numpy()})
-BACKENDS = dict(eager=lambda model, x: model, layout=layout, compiled=compiled, int8=int8, bfloat16=bfloat16, onnx=onnx)
+def packed(model, x, dtype=None): return pack(model, dtype=dtype)
+BACKENDS = dict(eager=lambda model, x: model, layout=layout, packed=packed, packed_bf16=partial(packed, dtype=torch.bfloat16), packed_int8=partial(packed, dtype=torch.int8), packed_compiled=lambda model, x: compiled(pack(model), x), compiled=compiled, int8=int8, bfloat16=bfloat16, onnx=onnx)
 
 
 def peak(model, call, x):

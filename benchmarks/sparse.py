@@ -91,7 +91,7 @@ def ffns(config, tokens, shares, seconds, device):
             error = None if 'all open' in k else ((f(0).view(tokens, H).double() - exact).norm()/exact.norm()).item()
             computed = 1 if k.split(':')[-1] in ('masked', 'int8, all open') else o.share
             size = dict(bfloat16=2, int8=1).get(k.split(':')[-1], 4)
-            yield dict(op='ffn', shape=f'{H}x{N}', tokens=tokens, open=round(share, 4), backend=k, dense_ratio=t.ratio, low=t.low, high=t.high, ms=per*1e3, dense_ms=times.ms['dense']/LAYERS, error=error,
+            yield dict(op='ffn', shape=f'{H}x{N}', batch=1, tokens=tokens, open=round(share, 4), backend=k, dense_ratio=t.ratio, low=t.low, high=t.high, ms=per*1e3, dense_ms=times.ms['dense']/LAYERS, error=error,
                        gb_s=2*H*N*computed*size/per/1e9, tflop_s=4*tokens*H*N*computed/per/1e12)
 
 
@@ -153,7 +153,7 @@ def tables(file):
     "What README.md of this folder shows, for each device"
     text = []
     for device, rows in pd.read_json(file, lines=True).groupby('device'):
-        rows['size'] = [f'{int(b)} x {t}' if b > 1 else str(t) for b,t in zip(rows.batch.fillna(1), rows.tokens)]
+        rows['size'] = [f'{int(b)} x {t}' if b > 1 else str(t) for b,t in zip(rows.batch, rows.tokens)]
         rows['time'] = [f'{r:.2f}' for r in rows.dense_ratio]
         text.append(device)
         for op in ('ffn', 'attention', 'model'):

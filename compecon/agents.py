@@ -204,6 +204,7 @@ def find_agents(
     block:int=32 # Neurons per block; must divide the width of every FFN
     )->list[Site]: # Layer by layer, attention first
     "The sites of a model; raises `ValueError` for unknown families, bad blocks and models without layers"
+    if any(hasattr(m, 'door') for m in model.modules()): raise ValueError(f'this {type(model).__name__} is packed: `compecon.packed.open_agents` opens its agents')
     family, found = family_of(model), []
     stacks = list(dict.fromkeys(p.where.split('.')[0] for p in family))
     for order, part in enumerate(family):

@@ -93,7 +93,7 @@ class ContextualEconomy(Economy):
     def offsets_of(model, args, kwargs): # What the router of a model says of the arguments of its forward pass, `(batch, agents)`
         inputs = _inputs(model, args, kwargs)
         x, ids = inputs.get('inputs_embeds'), inputs.get('input_ids')
-        if x is None and ids is None: raise ValueError('a router reads `input_ids` or `inputs_embeds`, and was given neither')
+        if x is None and ids is None: raise ValueError('a router reads `input_ids` or `inputs_embeds`, and was given neither (as by `generate` of an encoder and decoder)')
         words = model.get_input_embeddings()
         with torch.no_grad(): x = words(ids.to(words.weight.device)) if x is None else x
         mask = inputs.get('attention_mask')

@@ -34,7 +34,8 @@ class GatedModel:
         self.shares = self.forced = None # Open shares in the latest forward pass; shares to use in place of the gates'
         def decide(*_): self._decide()
         decide.is_gate = True
-        self._handles = [model.register_forward_pre_hook(decide)]
+        asked = [model, *([model.get_encoder()] if model.config.is_encoder_decoder else [])]  # `generate` calls an encoder by itself
+        self._handles = [m.register_forward_pre_hook(decide) for m in asked]
         self._handles += [attach_gate(s, lambda i=i: self._pieces[i]) for i,s in enumerate(self.sites)]
 
     def _decide(self):

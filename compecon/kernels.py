@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from .flops import FORMULAS
 from .native import load
 
-# %% ../nbs/09_kernels.ipynb #b07dc7ea
+# %% ../nbs/09_kernels.ipynb #a0bb8cd2
 PANEL = 16 # Columns of a panel
 ACTIVATIONS = {'none': 0, 'relu': 1, 'gelu': 2, 'gelu_tanh': 3, 'silu': 4}
 
 def _kept(panels, dims, dtype): # As `dtype`; int8 with the scale of each output
+    if dtype is not None and dtype != torch.int8 and not dtype.is_floating_point: raise ValueError(f'weights cannot be kept as {dtype}: a float type, torch.int8, or `None` for what they are')
     if dtype != torch.int8: return panels.to(dtype or panels.dtype), None
     scale = panels.float().abs().amax(dims, keepdim=True).clamp_min(1e-30)/127
     return (panels.float()/scale).round().to(torch.int8), scale.flatten()
@@ -75,8 +76,10 @@ def open_set(
     if len(t) and (numbers[0] < 0 or numbers[-1] >= blocks): raise ValueError(f'blocks {t.tolist()} are out of range: they are 0 to {blocks - 1}')
     return OpenSet(torch.zeros_like(numbers), numbers, 1, blocks)
 
-# %% ../nbs/09_kernels.ipynb #304bbe37
-def _activate(x, activation): return (lambda x: x, F.relu, F.gelu, lambda x: F.gelu(x, approximate='tanh'), F.silu)[activation](x)
+# %% ../nbs/09_kernels.ipynb #5dfbe70c
+def _activate(x, activation):
+    if not 0 <= activation < 5: raise RuntimeError(f'activation {activation} is none of 0 to 4')
+    return (lambda x: x, F.relu, F.gelu, lambda x: F.gelu(x, approximate='tanh'), F.silu)[activation](x)
 
 def _dense(weight, scale, dtype): # (blocks, panels, steps, 16) -> (blocks, steps, columns)
     w = weight.to(dtype).transpose(1, 2).flatten(2)
@@ -87,7 +90,7 @@ def up_reference(x, weight, scale, bias, group, block, activation, rows_first=Fa
     blocks, width = len(weight), weight.shape[1]*PANEL
     if x.ndim != 3 or x.shape[2] != weight.shape[2]: raise RuntimeError(f'up: x is {tuple(x.shape)} and must be (groups, rows, {weight.shape[2]})')
     if len(x) == 1: h = x @ _dense(weight[block], None if scale is None else scale.view(blocks, width)[block], x.dtype)  # (pairs, rows, width)
-    else: h = (x[:, None] @ _dense(weight, scale, x.dtype))[group, block]
+    else: h = (x.flatten(0, 1) @ _dense(weight, scale, x.dtype).transpose(0, 1).flatten(1)).view(*x.shape[:2], blocks, width).transpose(1, 2)[group, block]
     if bias is not None: h = h + bias.to(x.dtype).view(blocks, 1, width)[block]
     h = _activate(h, activation)
     return h.transpose(0, 1).contiguous().transpose(0, 1) if rows_first else h.contiguous()

@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['SOURCES', 'VARIANTS', 'STABLE', 'BuildError', 'build_once', 'variants', 'Loaded', 'load', 'status', 'prebuild']
 
-# %% ../nbs/08g_native.ipynb #767a152f
+# %% ../nbs/08g_native.ipynb #c78b6046
 import fcntl
 import hashlib
 import os
+import platform
+import shlex
 import shutil
 import subprocess
 import time
@@ -22,22 +24,25 @@ import torch
 import compecon
 from .clock import cache_folder
 
-# %% ../nbs/08g_native.ipynb #5e5b9f8b
+# %% ../nbs/08g_native.ipynb #c8864f27
 class BuildError(RuntimeError):
     "A library that could not be built: the cause, and what would help"
 
 def build_once(
     source:str|Path, # One file of C++ or CUDA
-    compiler:str, # Its name or path
+    compiler:str, # Its name or path, and what always follows it
     flags:list[str], # All that is said to the compiler, but for the source and `-o`
     folder:str|Path, # Where libraries are kept
     name:str, # The first part of the file's name
     )->tuple[Path,bool]: # The library, and whether it was there already
     "Build a shared library, or find it; raises `BuildError` naming cause and remedy"
-    source, folder, program = Path(source), Path(folder), shutil.which(compiler)
-    if program is None: raise BuildError(f'there is no compiler {compiler!r}: install one (Debian: `apt install g++`), or name yours in the variable CXX')
-    version = subprocess.run([program, '--version'], capture_output=True, text=True).stdout
-    key = hashlib.sha1(repr([source.read_bytes(), program, version, flags]).encode()).hexdigest()[:12]
+    source, folder, (name_, *more) = Path(source), Path(folder), shlex.split(compiler)  # as in CXX='ccache g++'
+    program = shutil.which(name_)
+    if program is None: raise BuildError(f'there is no compiler {name_!r}: install one (Debian: `apt install g++`), or name yours in the variable CXX')
+    def run(*args):
+        try: return subprocess.run([program, *more, *args], capture_output=True, text=True)
+        except OSError as e: raise BuildError(f'{program} is no compiler: {e.strerror}') from None
+    key = hashlib.sha1(repr([source.read_bytes(), program, more, run('--version').stdout, platform.machine(), flags]).encode()).hexdigest()[:12]
     library = folder/f'{name}-{key}.so'
     if library.is_file(): return library, True
     part = folder/f'{library.stem}.{os.getpid()}.tmp'
@@ -46,7 +51,7 @@ def build_once(
         with open(folder/f'{library.stem}.lock', 'w') as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if library.is_file(): return library, True
-            made = subprocess.run([program, str(source), *flags, '-o', str(part)], capture_output=True, text=True)
+            made = run(str(source), *flags, '-o', str(part))
             if made.returncode:
                 part.unlink(missing_ok=True)
                 raise BuildError(f'{compiler} failed on {source.name}: {_last(made.stderr)}')
@@ -83,10 +88,12 @@ def _command(target, variant):
     each = [f'-gencode=arch=compute_{a},code=[sm_{a},compute_{a}]' for a in archs]
     return SOURCES/'cuda.cu', f'{home}/bin/nvcc' if home else 'nvcc', ['-O3', '-std=c++20', '-Xcompiler', '-fPIC', '-w', *each, *_torch_flags()]
 
-# %% ../nbs/08g_native.ipynb #45d938b5
+# %% ../nbs/08g_native.ipynb #1b61ee22
+def _choice(): return os.environ.get('COMPECON_KERNELS') or 'auto'
+
 def _wanted(target):
     "The variant to build, if any; raises `ValueError` for a word that COMPECON_KERNELS does not know"
-    choice = os.environ.get('COMPECON_KERNELS', 'auto')
+    choice = _choice()
     if choice not in ('auto', 'torch', *VARIANTS): raise ValueError(f'COMPECON_KERNELS={choice!r}: there are auto, torch, {", ".join(VARIANTS)}')
     if choice == 'torch': return None
     if target == 'cuda':
@@ -96,7 +103,7 @@ def _wanted(target):
     if choice != 'auto' and choice not in variants(): raise BuildError(f'COMPECON_KERNELS={choice}, and this processor runs {", ".join(variants())}')
     return variants()[0] if choice == 'auto' else choice
 
-# %% ../nbs/08g_native.ipynb #e1d773dc
+# %% ../nbs/08g_native.ipynb #78ff1430
 @dataclass(frozen=True)
 class Loaded:
     "What runs the kernels of a target"
@@ -121,7 +128,7 @@ def _find(target, variant):
         library, found = build_once(*_command(target, variant), cache_folder()/'native', f'{target}-{variant}')
         return library, 'cached' if found else 'built', variant
     except BuildError:
-        for lower in variants() if target == 'cpu' and os.environ.get('COMPECON_KERNELS', 'auto') == 'auto' else ():
+        for lower in variants() if target == 'cpu' and _choice() == 'auto' else ():
             if file := _packaged(target, lower): return file, 'packaged', lower
         raise
 
@@ -130,6 +137,7 @@ def load(
     )->Loaded: # What runs the kernels from now on
     "Load the native kernels, once in each process; warns and leaves the reference in charge where that fails"
     if target in _loaded: return _loaded[target]
+    if target not in ('cpu', 'cuda'): return _loaded.setdefault(target, Loaded(target, 'torch', 'reference', why='there are kernels for cpu and cuda'))
     start = time.perf_counter()
     try:
         variant = _wanted(target)
@@ -148,7 +156,7 @@ def status()->pd.DataFrame: # One row a target
     "What runs the kernels here, from where, and why not something faster"
     return pd.DataFrame([asdict(load(t)) for t in ('cpu', 'cuda')]).set_index('target')
 
-# %% ../nbs/08g_native.ipynb #c6b4c598
+# %% ../nbs/08g_native.ipynb #6fbba98c
 def prebuild(
     variant:str='avx2' # A name in VARIANTS, or 'all' for CUDA
     )->Path: # The library, in the package
@@ -158,4 +166,5 @@ def prebuild(
     source, compiler, flags = _command(target, variant)
     file = SOURCES/f'{target}-{variant}-{hashlib.sha1(source.read_bytes()).hexdigest()[:12]}.so'
     library, _ = build_once(source, compiler, flags, cache_folder()/'native', f'{target}-{variant}')
-    return Path(shutil.copy(library, file))
+    try: return Path(shutil.copy(library, file))
+    except OSError as e: raise BuildError(f'{file.parent} cannot be written ({e.strerror})') from None

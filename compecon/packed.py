@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Door', 'Packed', 'PackedUp', 'PackedDown', 'pack', 'open_agents', 'pack_economy']
 
-# %% ../nbs/09a_packed.ipynb #cc8adcc9
+# %% ../nbs/09a_packed.ipynb #72523b78
 import copy
 
 import torch
@@ -13,21 +13,22 @@ from torch import nn
 from transformers import activations as hf
 from transformers.pytorch_utils import Conv1D
 
-from .agents import Site, find_agents
+from .agents import Site, find_agents, width_out
 from .context import ContextualEconomy
 from .economy import Economy
 from .kernels import ACTIVATIONS, PANEL, open_set, pack_down, pack_up
 from .native import load
 from .settle import drop_gates
 
-# %% ../nbs/09a_packed.ipynb #15cf7852
+# %% ../nbs/09a_packed.ipynb #b9d295a5
 class Door:
     "Who is open at a site, for its packed projections to ask"
     def __init__(self,
         site:Site # Of a model
         ):
         part, core = site.part, site.core
-        self.name, self.kind, self.n, self.core, self.part = site.name, site.kind, site.n, core, part
+        self.name, self.kind, self.n, self.core, self.fused = site.name, site.kind, site.n, core, part.fused
+        self.counts, self.widths, self.head_dim = part.counts, part.widths, part.head_dim
         self.alike = site.kind == 'head' and not (site.shared_by or part.bias or part.fused > 1 or part.extra or hasattr(core, 'picked'))
         self.open(torch.ones(site.n, dtype=torch.bool))
 
@@ -35,25 +36,27 @@ class Door:
         opened:torch.Tensor # `(n,)` of bool, or `(groups, n)`
         ):
         "Say who is open from now on"
-        if opened.dtype != torch.bool or opened.ndim not in (1, 2) or opened.shape[-1] != self.n: raise ValueError(f'{self.name} has {self.n} {self.kind}s: a mask of bool, ({self.n},) or (groups, {self.n}), says who is open; this is {opened.dtype} of {tuple(opened.shape)}')
+        if opened.dtype != torch.bool or opened.ndim not in (1, 2) or not len(opened) or opened.shape[-1] != self.n: raise ValueError(f'{self.name} has {self.n} {self.kind}s: a mask of bool, ({self.n},) or (groups, {self.n}), says who is open; this is {opened.dtype} of {tuple(opened.shape)}')
         self.opened = open_set(opened)
         pairs = len(self.opened.block)
         self.all = self.opened.groups == 1 and pairs == self.n
         self.few = self.alike and self.opened.groups == 1  # attention sees only those that are open; one that is zero, if nobody is
         if self.alike:
             heads = max(1, pairs) if self.few else self.n
-            for name in self.part.counts: setattr(self.core, name, heads)
-            for name in self.part.widths: setattr(self.core, name, heads*getattr(self.core, self.part.head_dim))
+            for name in self.counts: setattr(self.core, name, heads)
+            for name in self.widths: setattr(self.core, name, heads*getattr(self.core, self.head_dim))
 
     def on(self, device): # Who is open, as tensors on a device
         if self.opened.group.device != device: self.opened = self.opened.to(device)
         return self.opened
 
-# %% ../nbs/09a_packed.ipynb #13b1b211
+# %% ../nbs/09a_packed.ipynb #20cb70fe
 _UP, _DOWN = torch.ops.compecon.up.default, torch.ops.compecon.down.default
 
 def _call(op, *args): # Without asking for gradients where there are none: it takes longer than a product of one token
-    if torch.is_grad_enabled() or torch.compiler.is_compiling(): return op(*args)
+    if torch.compiler.is_compiling(): return op(*args)
+    load(args[0].device.type)  # a model may have come from another device or process
+    if torch.is_grad_enabled(): return op(*args)
     with torch._C._AutoDispatchBelowAutograd(): return op(*args)
 
 class Packed(nn.Module):
@@ -68,6 +71,12 @@ class Packed(nn.Module):
         setattr(self, 'panels' + name, nn.Parameter(panels, requires_grad=False))
         setattr(self, 'scale' + name, None if scale is None else nn.Parameter(scale, requires_grad=False))
 
+    def _apply(self, fn, recurse=True):  # scales stay float32, whatever becomes of the rest
+        scales = {name: p.data for name,p in self._parameters.items() if p is not None and name.startswith('scale')}
+        super()._apply(fn, recurse)
+        for name, scale in scales.items(): self._parameters[name].data = scale.to(self._parameters[name].device)
+        return self
+
 def _weight(projection): return projection.weight.detach().T if isinstance(projection, Conv1D) else projection.weight.detach() # (outputs, inputs)
 
 class PackedUp(Packed):
@@ -79,7 +88,7 @@ class PackedUp(Packed):
         activation:str='none' # What comes after it, if it is done here
         ):
         super().__init__(door, projection.weight, None)
-        weight, parts = _weight(projection), door.part.fused
+        weight, parts = _weight(projection), door.fused
         biases = [None]*parts if projection.bias is None else projection.bias.detach().chunk(parts)
         self.parts, self.activation = parts, ACTIVATIONS[activation]
         for i, (w, b) in enumerate(zip(weight.chunk(parts), biases)):
@@ -88,6 +97,7 @@ class PackedUp(Packed):
 
     def forward(self, x):
         door, o, heads = self.door, self.door.on(x.device), self.door.kind == 'head'
+        if len(x) % o.groups: raise ValueError(f'{o.groups} sets are open, one for each sequence, and this is a batch of {len(x)}')
         rows = x.reshape(o.groups, -1, x.shape[-1])
         hs = [_call(_UP, rows, getattr(self, f'panels{i}'), getattr(self, f'scale{i}'), getattr(self, f'bias{i}'), o.group, o.block, self.activation, heads) for i in range(self.parts)]
         if heads: hs = [self._laid(h, o).reshape(*x.shape[:-1], -1) for h in hs]
@@ -120,7 +130,7 @@ class PackedDown(Packed):
         if self.door.few or self.door.all: return x.reshape(-1, x.shape[-1]//width, width).transpose(0, 1)[:len(o.block)]
         return x.reshape(o.groups, -1, o.blocks, width).transpose(1, 2)[o.group, o.block]
 
-# %% ../nbs/09a_packed.ipynb #077f5c10
+# %% ../nbs/09a_packed.ipynb #94b5680d
 _KNOWN = {'gelu': (hf.GELUActivation,), 'gelu_tanh': (hf.NewGELUActivation, getattr(hf, 'GELUTanh', ()), getattr(hf, 'PytorchGELUTanh', ())), 'silu': (hf.SiLUActivation, nn.SiLU), 'relu': (nn.ReLU,)}
 
 def _activation(module): # Its name in ACTIVATIONS, if it is one of them
@@ -147,9 +157,10 @@ def pack(
     if any(getattr(h, 'is_gate', False) for m in model.modules() for h in m._forward_pre_hooks.values()): raise ValueError('this model has gates: `pack_economy` takes its economy, `settle` makes it a model without')
     if not in_place: model = copy.deepcopy(model)
     for s in find_agents(model, block):
-        if s.width % PANEL: raise ValueError(f'{s!r}: agents of {s.width} features cannot be packed, which takes multiples of {PANEL}')
+        for n in (s.width, width_out(s.out)):
+            if n % PANEL: raise ValueError(f'{s!r} cannot be packed: {n} is no multiple of {PANEL}')
     load(next(model.parameters()).device.type)
-    model.doors = []
+    model.doors, model.save_pretrained = [], _not_saved
     for s in find_agents(model, block):
         door, paths = Door(s), {m: path for path,m in s.base.named_modules()}
         activation = _fuse(s)
@@ -158,18 +169,26 @@ def pack(
         model.doors.append(door)
     return model
 
+def _not_saved(*_, **__): raise ValueError('a packed model has no weights that transformers could read: save the model that was packed, and pack it after loading')
+
 def open_agents(
     model:nn.Module, # From `pack`
     opened:torch.Tensor|None=None # `(agents,)` of bool, or `(groups, agents)` with groups of the batch's rows; everybody if `None`
     )->nn.Module: # The same
-    "Say who is open in the next calls; raises `ValueError` for a mask that does not fit"
+    "Say who is open in the next calls; raises `ValueError` for a mask that does not fit. A cache of keys and values belongs to the set that made it"
     counts = [d.n for d in model.doors]
-    opened = torch.ones(sum(counts), dtype=torch.bool) if opened is None else opened
+    opened = torch.ones(sum(counts), dtype=torch.bool) if opened is None else torch.as_tensor(opened)
     if opened.shape[-1:] != (sum(counts),): raise ValueError(f'{tuple(opened.shape)} for {sum(counts)} agents')
     for door, o in zip(model.doors, opened.split(counts, -1)): door.open(o)
     return model
 
-# %% ../nbs/09a_packed.ipynb #aad63b76
+# %% ../nbs/09a_packed.ipynb #5a312b40
+class _Route: # Before the first layer
+    def __init__(self, log_values, log_price): self.log_values, self.log_price = log_values, log_price
+    def __call__(self, model, args, kwargs):
+        with torch.no_grad(): offsets = ContextualEconomy.offsets_of(model, args, kwargs)
+        open_agents(model, self.log_values.to(offsets.device) + offsets > self.log_price.to(offsets.device))
+
 def pack_economy(
     economy:Economy, # Its gates must be hard; it is left as it is
     dtype:torch.dtype|None=None # To keep weights as, see pack
@@ -178,8 +197,6 @@ def pack_economy(
     if not economy.gate.hard: raise ValueError('the gates are still soft: `clear` or `calibrate` decides who is open')
     model = pack(drop_gates(copy.deepcopy(economy.model)), economy.block, dtype, in_place=True)
     if not isinstance(economy, ContextualEconomy): return open_agents(model, economy.open.cpu())
-    values, price = economy.log_values.detach().clone(), economy.log_price.detach().clone()
-    def route(module, args, kwargs):
-        with torch.no_grad(): open_agents(module, values + ContextualEconomy.offsets_of(module, args, kwargs) > price)
-    model.register_forward_pre_hook(route, with_kwargs=True)
+    model.router.requires_grad_(False)
+    model.register_forward_pre_hook(_Route(economy.log_values.detach().clone(), economy.log_price.detach().clone()), with_kwargs=True)
     return model

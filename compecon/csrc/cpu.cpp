@@ -161,7 +161,7 @@ template<class W, class At> void panel_rows(const W* w, const float* scale, cons
     const float* x[M]; float* y[M];
     for (int i = 0; i < M; i++) { Row row = at(first + std::min<int64_t>(i, m - 1)); x[i] = row.x; y[i] = row.y; }
     Panel sum[M] = {};
-    product<M>(sum, x, steps, w, Ahead{line, (share*8/steps + 63)/64*64});
+    product<M>(sum, x, steps, w, Ahead{line, (share*8/std::max<int64_t>(steps, 1) + 63)/64*64});
     for (int i = 0; i < M; i++) if (i < m) for (int q = 0; q < PARTS; q++) {
       Lanes v = sum[i].part[q];
       if (scale) v *= load(scale + q*LANES);
@@ -318,7 +318,9 @@ void check(const char* name, const Tensor& w, const Maybe& scale, const Maybe& b
   for (const Maybe* t : {&scale, &bias}) STD_TORCH_CHECK(!*t || (is(**t, Type::Float) && (*t)->numel() == outputs && (*t)->is_contiguous()), name, ": bias and scale must be ", outputs, " numbers of float32");
 }
 
-bool served(const Tensor& x, const Tensor& w) { return is(x, Type::Float) && (is(w, Type::Float) || is(w, Type::BFloat16) || is(w, Type::Char)); }
+bool served(const Tensor& x, const Tensor& w, const Maybe& bias) { return is(x, Type::Float) && (is(w, Type::Float) || is(w, Type::BFloat16) || is(w, Type::Char)) && (!bias || is(*bias, Type::Float)); }
+
+void check_activation(int64_t activation) { STD_TORCH_CHECK(activation >= 0 && activation <= 4, "activation ", activation, " is none of 0 to 4"); }
 
 void check_open(const Tensor& group, const Tensor& block) {
   for (const Tensor* t : {&group, &block}) STD_TORCH_CHECK(t->dim() == 1 && is(*t, Type::Long) && t->is_contiguous(), "open set: groups and blocks must be vectors of int64");
@@ -339,7 +341,8 @@ Tensor features(const Tensor& x, int64_t pairs, int64_t rows, int64_t width, boo
 }
 
 Tensor op_up(const Tensor& x_, const Tensor& w, const Maybe& scale, const Maybe& bias, const Tensor& group, const Tensor& block, int64_t activation, bool rows_first) {
-  if (!served(x_, w)) return reference("compecon::up_reference", x_, w, scale, bias, group, block, activation, rows_first);
+  check_activation(activation);
+  if (!served(x_, w, bias)) return reference("compecon::up_reference", x_, w, scale, bias, group, block, activation, rows_first);
   STD_TORCH_CHECK(x_.dim() == 3, "up: x must be (groups, rows, inputs)");
   check("up", w, scale, bias, x_.size(2), true); check_open(group, block);
   Tensor x = torch::stable::contiguous(x_), h = features(x, group.numel(), x.size(1), w.size(1)*PANEL, rows_first);
@@ -349,7 +352,7 @@ Tensor op_up(const Tensor& x_, const Tensor& w, const Maybe& scale, const Maybe&
 }
 
 Tensor op_down(const Tensor& h_, const Tensor& w, const Maybe& scale, const Maybe& bias, const Tensor& group, const Tensor& block, int64_t groups) {
-  if (!served(h_, w)) return reference("compecon::down_reference", h_, w, scale, bias, group, block, groups);
+  if (!served(h_, w, bias)) return reference("compecon::down_reference", h_, w, scale, bias, group, block, groups);
   STD_TORCH_CHECK(h_.dim() == 3, "down: features must be (pairs, rows, width)");
   check("down", w, scale, bias, h_.size(2), false); check_open(group, block);
   STD_TORCH_CHECK(h_.size(0) == group.numel(), "down: features of ", h_.size(0), " pairs, and ", group.numel(), " are open");
@@ -361,7 +364,8 @@ Tensor op_down(const Tensor& h_, const Tensor& w, const Maybe& scale, const Mayb
 
 Tensor op_ffn(const Tensor& x_, const Tensor& up_w, const Maybe& up_scale, const Maybe& up_bias, const Maybe& gate_w, const Maybe& gate_scale, const Maybe& gate_bias,
               const Tensor& down_w, const Maybe& down_scale, const Maybe& down_bias, const Tensor& group, const Tensor& block, int64_t activation) {
-  if (!served(x_, up_w) || !served(x_, down_w) || (gate_w && !served(x_, *gate_w)))
+  check_activation(activation);
+  if (!served(x_, up_w, up_bias) || !served(x_, down_w, down_bias) || (gate_w && !served(x_, *gate_w, gate_bias)))
     return reference("compecon::ffn_reference", x_, up_w, up_scale, up_bias, gate_w, gate_scale, gate_bias, down_w, down_scale, down_bias, group, block, activation);
   STD_TORCH_CHECK(x_.dim() == 3, "ffn: x must be (groups, rows, inputs)");
   const int64_t width = up_w.size(1)*PANEL;

@@ -529,7 +529,7 @@ Problem describe(const Names& is, const Tensor& a, const Tensor& weight, const M
     REQUIRE(t->scalar_type() == ScalarType::Long, name, "be int64, got ", t->scalar_type());
   }
   REQUIRE(group.size(0) == block.size(0), "group", "be as long as block, got ", group.size(0), " and ", block.size(0));
-  REQUIRE(std::max({a.size(1), weight.size(1) * PANEL, group.size(0) * a.size(2)}) < (int64_t{1} << 31), is.input, "stay below 2^31 rows and columns");
+  REQUIRE(std::max({a.size(1), weight.size(1) * PANEL, per_block ? a.size(2) : group.size(0) * a.size(2)}) < (int64_t{1} << 31), is.input, "stay below 2^31 rows and columns");
   Problem q = {};
   q.a = a.data_ptr(), q.weight = weight.data_ptr(), q.bias = bias ? bias->data_ptr() : nullptr;
   q.scale = scale ? (const float*)scale->data_ptr() : nullptr;
