@@ -90,7 +90,7 @@ def ffns(config, tokens, shares, seconds, device):
             exact = ffn_reference(*(v.double() if isinstance(v, torch.Tensor) else v for v in (xs, a[0], None, b, None, None, None, c[0], None, e)), o.group, o.block, 2).view(tokens, H)
             error = None if 'all open' in k else ((f(0).view(tokens, H).double() - exact).norm()/exact.norm()).item()
             computed = 1 if k.split(':')[-1] in ('masked', 'int8, all open') else o.share
-            size = dict(bfloat16=2, int8=1).get(k.split(':')[-1], 4)
+            size = dict(bfloat16=2, int8=1).get(k.split(':')[-1].split(',')[0], 4)
             yield dict(op='ffn', shape=f'{H}x{N}', batch=1, tokens=tokens, open=round(share, 4), backend=k, dense_ratio=t.ratio, low=t.low, high=t.high, ms=per*1e3, dense_ms=times.ms['dense']/LAYERS, error=error,
                        gb_s=2*H*N*computed*size/per/1e9, tflop_s=4*tokens*H*N*computed/per/1e12)
 
