@@ -108,13 +108,11 @@ def ffn_reference(x, up, up_scale, up_bias, gate, gate_scale, gate_bias, down, d
     if gate is not None: h = h*up_reference(x, gate, gate_scale, gate_bias, group, block, activation)
     return down_reference(h, down, down_scale, down_bias, group, block, len(x))
 
-# %% ../nbs/09_kernels.ipynb #185fe410
+# %% ../nbs/09_kernels.ipynb #28c5c35b
 _SCHEMAS = {
     'up': ('(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor group, Tensor block, int activation, bool rows_first=False) -> Tensor', up_reference),
     'down': ('(Tensor h, Tensor weight, Tensor? scale, Tensor? bias, Tensor group, Tensor block, int groups) -> Tensor', down_reference),
     'ffn': ('(Tensor x, Tensor up, Tensor? up_scale, Tensor? up_bias, Tensor? gate, Tensor? gate_scale, Tensor? gate_bias, Tensor down, Tensor? down_scale, Tensor? down_bias, Tensor group, Tensor block, int activation) -> Tensor', ffn_reference)}
-_LIBRARY = torch.library.Library('compecon', 'FRAGMENT')
-
 def _gradients(reference): # Once more by the reference, with its gradients
     def setup(ctx, inputs, output):
         ctx.tensors = [isinstance(a, torch.Tensor) for a in inputs]
@@ -130,23 +128,25 @@ def _gradients(reference): # Once more by the reference, with its gradients
         return tuple(next(found) if n else None for n in ctx.needs_input_grad)
     return backward, setup
 
-for _name, (_schema, _reference) in _SCHEMAS.items():
-    for _op in (_name, _name + '_reference'):  # the kernels of processors hand types that they do not serve to the second
-        _LIBRARY.define(_op + _schema)
-        _LIBRARY.impl(_op, _reference, 'CompositeExplicitAutograd')
-    _backward, _setup = _gradients(_reference)
-    torch.library.register_autograd(f'compecon::{_name}', _backward, setup_context=_setup, lib=_LIBRARY)
-
-@torch.library.register_fake('compecon::up', lib=_LIBRARY)
-def _(x, weight, scale, bias, group, block, activation, rows_first=False):
+def _up_shape(x, weight, scale, bias, group, block, activation, rows_first=False):
     n, rows, width = len(block), x.shape[1], weight.shape[1]*PANEL
     return x.new_empty(rows, n, width).transpose(0, 1) if rows_first else x.new_empty(n, rows, width)
+def _down_shape(h, weight, scale, bias, group, block, groups): return h.new_empty(groups, h.shape[1], weight.shape[1]*PANEL)
+def _ffn_shape(x, up, up_scale, up_bias, gate, gate_scale, gate_bias, down, *_): return x.new_empty(*x.shape[:2], down.shape[1]*PANEL)
 
-@torch.library.register_fake('compecon::down', lib=_LIBRARY)
-def _(h, weight, scale, bias, group, block, groups): return h.new_empty(groups, h.shape[1], weight.shape[1]*PANEL)
+def _register():
+    "Define the operators, once in each process; gives what keeps them alive"
+    library = torch.library.Library('compecon', 'FRAGMENT')
+    for name, (schema, reference) in _SCHEMAS.items():
+        for op in (name, name + '_reference'):  # the libraries hand types that they do not serve to the second
+            library.define(op + schema)
+            library.impl(op, reference, 'CompositeExplicitAutograd')
+        backward, setup = _gradients(reference)
+        torch.library.register_autograd(f'compecon::{name}', backward, setup_context=setup, lib=library)
+        torch.library.register_fake(f'compecon::{name}', dict(up=_up_shape, down=_down_shape, ffn=_ffn_shape)[name], lib=library)
+    return library
 
-@torch.library.register_fake('compecon::ffn', lib=_LIBRARY)
-def _(x, up, up_scale, up_bias, gate, gate_scale, gate_bias, down, *_): return x.new_empty(*x.shape[:2], down.shape[1]*PANEL)
+_LIBRARY = None if hasattr(torch.ops.compecon, 'up') else _register()  # whoever runs this cell again is served by the first
 
 _PRODUCTS = {  # multiply-adds: pairs x rows x weights of a block
     'up': lambda x, weight, scale, bias, group, *_, **__: 2*len(group)*x.shape[1]*weight[0].numel(),
