@@ -102,6 +102,9 @@ class Economy(GatedModel):
         self.gate.hard = True
         return self.spend()
 
+    @property
+    def bids(self): return self.log_values # What the price is compared with, `(agents,)`
+
     def __repr__(self): return f'Economy({type(self.model).__name__}: {len(self)} agents, spend {self.spend():.3f} at price {self.price:.3g})'
     def _repr_markdown_(self): return f'{self!r}\n\n' + census(self).to_markdown(index=False, floatfmt='.3f')
 

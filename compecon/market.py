@@ -84,17 +84,20 @@ def clear_softly(
     economy:Economy, # With soft gates; its log price is set, and gradients pass through it to all valuations
     budget:float # Share of the whole model's compute
     )->float: # The clearing price
-    "Set the price so that expected spend equals the budget exactly"
+    "Set the price so that expected spend equals the budget exactly; on average, where each sequence bids for itself"
     check_budget(budget, economy.prices.fixed)
-    def spend(log_price): return economy.prices.spend(economy.gate.expected(economy.log_values - log_price))
+    bids = economy.bids
+    def spend(log_price): return economy.prices.spend(economy.gate.expected(bids - log_price)).mean()
     with torch.no_grad():
-        low, high = economy.log_values.min() - 20, economy.log_values.max() + 20
+        low, high = bids.min() - 20, bids.max() + 20
         for _ in range(50):
             mid = (low + high)/2
             low, high = (mid, high) if spend(mid) > budget else (low, mid)
-    with torch.enable_grad(): spent = spend(high)
-    slope, = torch.autograd.grad(spent, economy.log_values, retain_graph=True)
-    economy.log_price = high + (spent - spent.detach())/slope.sum() if slope.sum() > 0 else high
+    economy.log_price = high
+    if bids.requires_grad:
+        with torch.enable_grad(): spent = spend(high)
+        slope, = torch.autograd.grad(spent, bids, retain_graph=True)
+        if slope.sum() > 0: economy.log_price = high + (spent - spent.detach())/slope.sum()
     return economy.price
 
 # %% ../nbs/05_market.ipynb #7fdcf1bd

@@ -79,6 +79,7 @@ class Packed(nn.Module):
 
 def _weight(projection): return projection.weight.detach().T if isinstance(projection, Conv1D) else projection.weight.detach() # (outputs, inputs)
 
+# %% ../nbs/09a_packed.ipynb #9a00up01
 class PackedUp(Packed):
     "An input projection that computes the features of open agents"
     def __init__(self,
@@ -109,6 +110,7 @@ class PackedUp(Packed):
         if self.door.few or self.door.all: return h.transpose(0, 1)
         return h.new_zeros(o.groups, h.shape[1], o.blocks, h.shape[2]).index_put((o.group[:, None], torch.arange(h.shape[1], device=h.device), o.block[:, None]), h)
 
+# %% ../nbs/09a_packed.ipynb #9a00dn01
 class PackedDown(Packed):
     "An output projection that adds what open agents say"
     def __init__(self,
