@@ -3,7 +3,7 @@
 Run:  python benchmarks/latency.py [--models minilm,bert] [--sizes 1x1,1x16,1x128,8x128] [--budgets 0.6,0.4,0.2] [--backends eager,layout,packed,packed_bf16,packed_int8,packed_compiled,compiled,int8,bfloat16,onnx] [--threads 1]
 
 Every line of OUT/latency.jsonl is a settled model in a setting: its FLOPs, the time that was predicted, and its time, as shares of the dense model's with the same backend,
-measured in turns; efficiency is the share of FLOPs over the share of time. The weights are random (time does not depend on them), and so are the valuations: log-normal for agents and for sites.
+measured in turns; efficiency is the share of FLOPs over the share of time; `as_it_is_ratio` is the share of the time of the dense model as it is, eager and float32. The weights are random (time does not depend on them), and so are the valuations: log-normal for agents and for sites.
 Structures are chosen under a budget of FLOPs, and under the same share of time by a clock that is measured first and kept in OUT/clocks; Torch-Pruning, where it is installed, makes
 models of about the same FLOPs.
 """
@@ -109,6 +109,7 @@ def tables(file):
         def across(values, by, **kw): return rows.assign(shown=values).dropna(subset='shown').pivot_table('shown', by, 'size', sort=False, **kw).sort_index(ascending=[b != 'budget' for b in by])
         error, longest = 100*(rows.predicted_ratio/rows.latency_ratio - 1).abs(), rows[rows['size'] == rows['size'].iloc[-1]]
         parts = {'efficiency (share of the time)': across([f'{e:.2f} ({t:.2f})' for e,t in zip(rows.efficiency, rows.latency_ratio)], key, aggfunc='last'),
+                 'the same against the dense model as it is, eager and float32': across([f'{f/t:.2f} ({t:.2f})' if t > 0 else None for f,t in zip(rows.flops_ratio, rows.as_it_is_ratio)], key, aggfunc='last'),
                  "error of the clock's prediction in per cent, median": across(error, ['model'], aggfunc='median').round(1), 'the largest': across(error, ['model'], aggfunc='max').round(1),
                  'dense model, ms': across(rows.dense_ms, ['model', 'backend']).round(1),
                  'weights and activations at the longest, MB': longest.dropna(subset='weights_mb').set_index(key).sort_index()[[c for c in rows if c.endswith('_mb')]].round(1)}
@@ -146,14 +147,14 @@ def main():
             for backend in args.backends.split(','):
                 served = {k: v for k,v in small.items() if not (backend.startswith('packed') and k[1] == 'torch-pruning')}  # its heads have widths that panels do not fit
                 made = {k: BACKENDS[backend](m, x) for k,m in {'dense': model, **{k: m for k,(m,*_) in served.items()}}.items()}
-                calls = {k: lambda f=f: f(**x) for k,f in made.items()}
+                calls = {k: lambda f=f: f(**x) for k,f in made.items()} | {'as it is': lambda: model(**x)}
                 once = latency({'dense': calls['dense']}, rounds=3).ms['dense']/1e3
                 times = latency(calls, rounds=int(min(50, max(7, args.seconds/len(calls)/(max(0.03, once) + min(0.1, 3*once))))))
                 whole, memory = count_flops(model, **x), {k: peak(f, calls[k], x) if backend in ('eager', 'layout', 'bfloat16') else (None, None) for k,f in made.items()}
                 for key, (m, predicted, counts) in served.items():
                     t, flops = times.loc[[key]].iloc[0], count_flops(m, **x)/whole
                     row = dict(model=name, batch=batch, tokens=tokens, budget=key[0], priced_in=key[1], backend=backend, flops_ratio=flops, predicted_ratio=predicted if backend == 'eager' else None, latency_ratio=t.ratio,
-                               low=t.low, high=t.high, efficiency=flops/t.ratio, ms=t.ms, dense_ms=times.ms['dense'], weights_mb=memory[key][0], activations_mb=memory[key][1], dense_weights_mb=memory['dense'][0], dense_activations_mb=memory['dense'][1],
+                               low=t.low, high=t.high, efficiency=flops/t.ratio, as_it_is_ratio=t.ratio/times.ratio['as it is'], ms=t.ms, dense_ms=times.ms['dense'], weights_mb=memory[key][0], activations_mb=memory[key][1], dense_weights_mb=memory['dense'][0], dense_activations_mb=memory['dense'][1],
                                counts=counts, clock_spread=clock.spread, seed=0, **provenance(args.device))
                     with open(Path(args.out, 'latency.jsonl'), 'a') as f: f.write(json.dumps(row) + '\n')
                 torch._dynamo.reset()

@@ -94,7 +94,7 @@ class Clock:
     points: dict[str,list] # For each kind of site, pairs of a number of agents and the time of one such site
     fixed: float # Time of a model with nobody in it
     dense: float # Time of the model with everybody in it
-    sums: list[float] # What all sites cut alike should take by the points, from `fixed` to `dense`
+    sums: list[float] # What models cut everywhere should take by the points, from `fixed` to `dense`
     wholes: list[float] # What they took
     spread: float # Half of the distance between quartiles, as a share of the dense model's time
 
@@ -149,23 +149,26 @@ def _first(site, k): # Of as many groups as possible
 
 def _grid(n): return sorted({0, 1, *(round(n*i/6) for i in range(1, 7))})
 
-_ALIKE = 0.75, 0.5, 0.3, 0.15, 0.05 # Shares of their agents that all sites are cut to at once
+def _uneven(kinds, share): # Numbers of agents for all sites: some have none, some twice the share
+    rng = np.random.default_rng(0)
+    return tuple(math.ceil(sites[0].n*min(1, f*share)) for sites in kinds.values() for f in rng.permutation(np.linspace(0, 2, len(sites))))
 
-def _sizes(model, kinds, block): # The models to time, by kind and number; those whose sites are all cut by the numbers of all kinds
-    def cut(kind, k): return {s.name: _first(s, k) for s in kinds[kind]}
-    alike = {tuple(math.ceil(share*sites[0].n) for sites in kinds.values()) for share in (0, *_ALIKE)} - {tuple(sites[0].n for sites in kinds.values())}
-    models = {'dense': model} | {counts: _sized(model, {n: v for kind,k in zip(kinds, counts) for n,v in cut(kind, k).items()}, block) for counts in sorted(alike)}
-    return models | {(kind, k): _sized(model, cut(kind, k), block) for kind,sites in kinds.items() for k in _grid(sites[0].n)[:-1]}
+def _sizes(model, kinds, block): # The models to time, by kind and number; those whose sites are all cut by the numbers of all sites
+    sites = [s for group in kinds.values() for s in group]
+    uneven = {_uneven(kinds, share) for share in (0, 0.05, 0.15, 0.3, 0.5, 0.75)} - {tuple(s.n for s in sites)}
+    models = {'dense': model} | {counts: _sized(model, {s.name: _first(s, k) for s,k in zip(sites, counts)}, block) for counts in sorted(uneven)}
+    return models | {(kind, k): _sized(model, {s.name: _first(s, k) for s in group}, block) for kind,group in kinds.items() for k in _grid(group[0].n)[:-1]}
 
 # %% ../nbs/08e_clock.ipynb #9d588e61
 def _clock(made, kinds, ms, spread): # From the milliseconds of all of them
-    nobody, *alike = [name for name in ms.index if name != 'dense' and name[0] not in kinds]
+    nobody, *uneven = [name for name in ms.index if name != 'dense' and name[0] not in kinds]
     fixed, dense = float(ms[nobody]), float(ms['dense'])
     steps = {kind: [[k, max(0., ms.get((kind, k), dense) - ms[kind, 0])] for k in _grid(sites[0].n)] for kind,sites in kinds.items()}
     rate = (dense - fixed)/max(sum(s[-1][1] for s in steps.values()), 1e-9)
     points = {kind: [[k, float(rate*s/len(kinds[kind]))] for k,s in step] for kind,step in steps.items()}
-    def should(counts): return fixed + sum(len(kinds[kind])*np.interp(k, *zip(*points[kind])) for kind,k in zip(kinds, counts))
-    sums, wholes = np.clip(sorted([(fixed, fixed), (dense, dense), *((should(counts), ms[counts]) for counts in alike)]), fixed, dense).T
+    of = [kind for kind,sites in kinds.items() for _ in sites]
+    def should(counts): return fixed + sum(np.interp(k, *zip(*points[kind])) for kind,k in zip(of, counts))
+    sums, wholes = np.clip(sorted([(fixed, fixed), (dense, dense), *((should(counts), ms[counts]) for counts in uneven)]), fixed, dense).T
     rising = np.append(np.diff(sums) > 0, True)
     return Clock(made, points, fixed, dense, sums[rising].tolist(), np.maximum.accumulate(wholes)[rising].tolist(), spread)
 
