@@ -106,7 +106,7 @@ def entropy(
     "Shannon entropy"
     return torch.special.entr(x.double()/x.double().sum(dim, keepdim=True).clamp_min(1e-30)).sum(dim)
 
-# %% ../nbs/11_scarcity.ipynb #ebf0fef2
+# %% ../nbs/11_scarcity.ipynb #f22e958a
 def content_tokens(
     x:Mapping, # With 'input_ids' `(batch, tokens)`, and 'attention_mask' if there is padding
     special_ids:Iterable[int] # Of the tokenizer: its `all_special_ids`
@@ -121,8 +121,10 @@ def received(
     real:torch.Tensor # `(batch, keys)` of bool: what is no padding
     )->torch.Tensor: # `(batch, heads, keys)`: mean share that a token gets of a query that can see it
     "Attention received by every token"
-    asks = p*real[:, None, :, None]
-    return asks.sum(2)/(asks > 0).sum(2).clamp_min(1)
+    sees = torch.ones(p.shape[2:], dtype=torch.bool, device=p.device)
+    if p.shape[2] == p.shape[3] and not p.triu(1).any(): sees = sees.tril()  # a causal model
+    asks = sees & real[:, None, :, None] if p.shape[2] == p.shape[3] else sees
+    return (p*asks).sum(2)/asks.sum(2).clamp_min(1)
 
 # %% ../nbs/11_scarcity.ipynb #54a5772d
 MEASURES = 'gini', 'entropy', 'top', 'rank', 'sinks'
