@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'KINDS', 'SHARES', 'watching', 'attention_maps', 'gini', 'entropy', 'content_tokens', 'received',
-           'describe', 'deletion_values', 'integrated_gradients', 'scarce', 'ration', 'observe', 'interval', 'impose',
-           'verdict', 'plot_scarcity', 'plot_sentence']
+           'rank_correlation', 'describe', 'deletion_values', 'integrated_gradients', 'scarce', 'ration', 'limited',
+           'observe', 'interval', 'impose', 'verdict', 'plot_scarcity', 'plot_sentence']
 
-# %% ../nbs/11_scarcity.ipynb #3ec0e201
+# %% ../nbs/11_scarcity.ipynb #c634cb62
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
@@ -17,7 +17,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import bootstrap, rankdata
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
@@ -106,7 +105,7 @@ def entropy(
     "Shannon entropy"
     return torch.special.entr(x.double()/x.double().sum(dim, keepdim=True).clamp_min(1e-30)).sum(dim)
 
-# %% ../nbs/11_scarcity.ipynb #f22e958a
+# %% ../nbs/11_scarcity.ipynb #739e2bab
 def content_tokens(
     x:Mapping, # With 'input_ids' `(batch, tokens)`, and 'attention_mask' if there is padding
     special_ids:Iterable[int] # Of the tokenizer: its `all_special_ids`
@@ -122,17 +121,27 @@ def received(
     )->torch.Tensor: # `(batch, heads, keys)`: mean share that a token gets of a query that can see it
     "Attention received by every token"
     sees = torch.ones(p.shape[2:], dtype=torch.bool, device=p.device)
-    if p.shape[2] == p.shape[3] and not p.triu(1).any(): sees = sees.tril()  # a causal model
+    if p.shape[2] == p.shape[3] and not (p*real[:, None, :, None]).triu(1).any(): sees = sees.tril()  # a causal model
     asks = sees & real[:, None, :, None] if p.shape[2] == p.shape[3] else sees
     return (p*asks).sum(2)/asks.sum(2).clamp_min(1)
 
-# %% ../nbs/11_scarcity.ipynb #54a5772d
+# %% ../nbs/11_scarcity.ipynb #926c174d
 MEASURES = 'gini', 'entropy', 'top', 'rank', 'sinks'
 
-def _rank_correlation(a, value): # `(heads, n)` with `(n,)`
-    a, value = rankdata(a, axis=1), rankdata(value)
-    a, value = a - a.mean(1, keepdims=True), value - value.mean()
-    return (a@value)/np.maximum(np.sqrt((a**2).sum(1)*(value**2).sum()), 1e-12)
+def rank_correlation(
+    a:torch.Tensor, # `(..., tokens)`
+    b:torch.Tensor, # `(..., tokens)`; leading dimensions are broadcast
+    mask:torch.Tensor # `(..., tokens)` of bool: tokens that count
+    )->torch.Tensor: # `(...)`: in [-1, 1]; 0 where one of the two is constant
+    "Spearman's correlation of two attributions, text by text; raises `ValueError` for different numbers of tokens"
+    if not a.shape[-1] == b.shape[-1] == mask.shape[-1]: raise ValueError(f'attributions {tuple(a.shape)} and {tuple(b.shape)} for tokens {tuple(mask.shape)}')
+    n = mask.sum(-1, keepdim=True).clamp_min(1)
+    def ranks(x): # Mean rank among those that count, less its mean; 0 for the others
+        x = x.double()
+        below = ((x[..., None, :] < x[..., :, None]).double() + 0.5*(x[..., None, :] == x[..., :, None]))*mask[..., None, :]
+        return (below.sum(-1) - n/2)*mask
+    a, b = ranks(a), ranks(b)
+    return (a*b).sum(-1)/((a**2).sum(-1)*(b**2).sum(-1)).sqrt().clamp_min(1e-12)
 
 def describe(
     p:torch.Tensor, # `(batch, heads, queries, keys)`: attention of one layer
@@ -140,17 +149,19 @@ def describe(
     content:torch.Tensor, # `(batch, keys)` of bool: what is no special token either
     values:torch.Tensor # `(batch, keys)`: what each token is worth
     )->dict[str,torch.Tensor]: # Each of MEASURES, `(batch, heads)`
-    "Attention of one layer as an allocation"
-    got, rows = received(p, real).double(), []
-    for g,c,r,v in zip(got, content, real, values.double()):
-        a, n = g[:, c].clamp_min(1e-12), int(c.sum())  # a head that looks at no content does so evenly
-        top = v[c].topk(math.ceil(n/4)).indices
-        share = a/a.sum(1, keepdim=True)
-        rows.append(torch.stack([gini(a), entropy(a)/max(math.log(n), 1e-12), share[:, top].sum(1) - len(top)/n, torch.from_numpy(_rank_correlation(a.cpu().numpy(), v[c].cpu().numpy())).to(a), 1 - a.sum(1)/g[:, r].sum(1).clamp_min(1e-30)]))
-    return dict(zip(MEASURES, torch.stack(rows, 1).cpu()))
+    "Attention of one layer as an allocation; raises `ValueError` for a sequence without content"
+    n, got = content.sum(1), received(p, real).double()
+    if not n.all(): raise ValueError('a sequence without content has nothing to allocate attention to')
+    a = got.clamp_min(1e-12)*content[:, None]  # a head that looks at no content does so evenly
+    share, keys = a/a.sum(-1, keepdim=True), a.shape[-1]
+    rank = torch.arange(1, keys + 1, device=a.device) - (keys - n)[:, None]  # in ascending order, what is no content comes first
+    top = values.double().masked_fill(~content, -torch.inf).argsort(1, descending=True).argsort(1) < (n[:, None]/4).ceil()
+    found = (2*(rank[:, None]*share.sort(-1).values).sum(-1)/n[:, None] - (n[:, None] + 1)/n[:, None], torch.special.entr(share).sum(-1)/n[:, None].log().clamp_min(1e-12),
+             (share*top[:, None]).sum(-1) - top.sum(1, keepdim=True)/n[:, None], rank_correlation(a, values[:, None], content[:, None]), 1 - (got*content[:, None]).sum(-1)/(got*real[:, None]).sum(-1).clamp_min(1e-30))
+    return {k: v.cpu() for k,v in zip(MEASURES, found)}
 
-# %% ../nbs/11_scarcity.ipynb #f83df558
-def _losses(loss_func, logits, y): return torch.stack([loss_func(l[None], t[None]) for l,t in zip(logits, y)])
+# %% ../nbs/11_scarcity.ipynb #df2a8759
+def _losses(loss_func, logits, y): return torch.stack([loss_func(l[None].float(), t[None]) for l,t in zip(logits, y)])
 
 def deletion_values(
     model:nn.Module, # In evaluation mode
@@ -192,7 +203,7 @@ def integrated_gradients(
         found = LayerIntegratedGradients(forward, model.get_input_embeddings()).attribute(ids, ids.masked_fill(content, mask_id), target=target, additional_forward_args=tuple(rest.values()), n_steps=steps, internal_batch_size=len(ids))
     return found.detach().sum(-1)*content
 
-# %% ../nbs/11_scarcity.ipynb #9729d067
+# %% ../nbs/11_scarcity.ipynb #f93f1e25
 def scarce(
     economy:Economy, # Whose agents are closed
     kind:str, # 'head' or 'block'
@@ -206,27 +217,32 @@ def scarce(
     mine = torch.tensor([s.kind == kind for s in economy.sites for _ in range(s.n)])
     values = torch.rand(len(economy), generator=torch.Generator().manual_seed(seed)) if values is None else values.cpu()
     opened, numbers = (~mine).float(), mine.nonzero().flatten()
-    opened[numbers[values[mine].topk(math.ceil(share*len(numbers))).indices]] = 1
+    opened[numbers[values[mine].topk(math.ceil(share*len(numbers) - 1e-4)).indices]] = 1
     return opened.to(economy.log_values.device)
 
 def ration(
+    p:torch.Tensor, # `(batch, heads, queries, keys)`: attention of one layer
     share:float, # Of the content tokens that may be attended to
     real:torch.Tensor, # `(batch, tokens)` of bool: what is no padding
     content:torch.Tensor, # `(batch, tokens)` of bool: what is no special token either
-    generator:torch.Generator|None=None # Draws them; the model's own attention chooses if `None`
-    )->Callable: # For watching
-    "Let every layer attend only to a share of the tokens"
+    lot:torch.Tensor|None=None # `(batch, tokens)`: the highest stay; if `None`, those that receive most attention
+    )->torch.Tensor: # `(batch, 1, queries, keys)` of bool
+    "Who may be attended to when only a share of the tokens can be; raises `ValueError` for a share that cannot be"
     if not 0 < share <= 1: raise ValueError(f'share={share} must be in (0, 1]')
-    keep = torch.ceil(share*content.sum(1, keepdim=True))
-    def see(layer, p):
-        wanted = received(p, real).sum(1) if generator is None else torch.rand(content.shape, generator=generator).to(p.device)
-        place = wanted.masked_fill(~content, -1).argsort(1, descending=True).argsort(1)
-        allowed = ~content | (place < keep)
-        p = p*(allowed[:, None, None] | torch.eye(p.shape[2], dtype=torch.bool, device=p.device))
-        return p/p.sum(-1, keepdim=True)
-    return see
+    wanted = received(p, real).sum(1) if lot is None else lot
+    place = wanted.masked_fill(~content, -torch.inf).argsort(1, descending=True).argsort(1)
+    allowed = ~content | (place < (share*content.sum(1, keepdim=True) - 1e-4).ceil())
+    return allowed[:, None, None] | torch.eye(p.shape[2], dtype=torch.bool, device=p.device)
 
-# %% ../nbs/11_scarcity.ipynb #fa0730db
+def limited(
+    p:torch.Tensor, # `(batch, heads, queries, keys)`: attention
+    allowed:torch.Tensor # From ration
+    )->torch.Tensor: # The same shape
+    "Attention to those who may be attended to, by everybody else in proportion"
+    p = p*allowed
+    return p/p.sum(-1, keepdim=True)
+
+# %% ../nbs/11_scarcity.ipynb #279225a8
 KINDS, SHARES = ('head', 'block', 'token'), (0.8, 0.6, 0.4, 0.2, 0.1)
 
 def observe(
@@ -236,76 +252,91 @@ def observe(
     values:list[torch.Tensor], # For each batch `(batch, tokens)`: what tokens are worth
     opened:torch.Tensor|None=None, # `(agents,)`: open shares; all if `None`
     share:float=1., # Of the content tokens that may be attended to
-    generator:torch.Generator|None=None # Draws these tokens; attention itself chooses if `None`
-    )->tuple[torch.Tensor,dict[str,torch.Tensor]]: # Logits `(sentences, ...)`, and each of MEASURES `(sentences, layers, heads)`
+    lot:int|None=None # Seed that draws these tokens; attention itself chooses if `None`
+    )->tuple[torch.Tensor,dict[str,torch.Tensor],dict[str,torch.Tensor]]: # Logits `(sentences, ...)`; each of MEASURES `(sentences, layers, heads)`; and of unrationed attention with the same tokens struck out, empty if all may be attended to
     "What a model predicts, and where it looks"
-    logits, found, opened = [], {k: [] for k in MEASURES}, torch.ones_like(economy.log_values) if opened is None else opened
+    logits, found, struck = [], [], []
+    opened, draw = torch.ones_like(economy.log_values) if opened is None else opened, torch.Generator().manual_seed(lot or 0)
     for (x, _), v in zip(batches, values, strict=True):
-        x, layers = {k: t for k,t in x.items() if k != 'idx'}, []
+        x, layers, still = {k: t for k,t in x.items() if k != 'idx'}, [], []
         content = content_tokens(x, special_ids)
         real = x['attention_mask'].bool() if 'attention_mask' in x else torch.ones_like(content)
-        allow = ration(share, real, content, generator) if share < 1 else lambda layer, p: None
+        order = None if lot is None else torch.rand(content.shape, generator=draw).to(v.device)
+        with economy.forcing(opened): maps = attention_maps(economy.model, x) if share < 1 else ()
         def see(layer, p):
-            other = allow(layer, p)
-            layers.append(describe(p if other is None else other, real, content, v))
-            return other
+            if share == 1: layers.append(describe(p, real, content, v)); return None
+            allowed = ration(p, share, real, content, order)
+            still.append(describe(limited(maps[layer], allowed), real, content, v))
+            layers.append(describe(limited(p, allowed), real, content, v))
+            return limited(p, allowed)
         with economy.forcing(opened), watching(economy.model, see), torch.no_grad(): logits.append(economy.model(**x).logits)
-        for k in MEASURES: found[k].append(torch.stack([l[k] for l in layers], 1))
-    return torch.cat(logits), {k: torch.cat(v) for k,v in found.items()}
+        found.append(layers); struck.append(still)
+    def whole(seen): return {k: torch.cat([torch.stack([l[k] for l in layers], 1) for layers in seen]) for k in MEASURES}
+    return torch.cat(logits), whole(found), whole(struck) if share < 1 else {}
 
 def interval(
-    x:torch.Tensor|np.ndarray, # `(sentences,)`
-    seed:int=0 # Of the resampling
+    x:Sequence[float], # `(sentences,)`
+    less:Sequence[Sequence[float]]|None=None, # `(lots, sentences)`: the mean over lots is taken off
+    resamples:int=2000
     )->dict[str,float]: # `mean`, `low` and `high`
-    "Mean with a 95 % bootstrap interval over sentences"
-    x = np.asarray(x, dtype=float)
-    if len(x) < 2 or np.ptp(x) < 1e-12: return dict.fromkeys(('mean', 'low', 'high'), float(x.mean()))
-    found = bootstrap((x,), np.mean, n_resamples=2000, method='percentile', rng=np.random.default_rng(seed)).confidence_interval
-    return dict(mean=float(x.mean()), low=float(found.low), high=float(found.high))
+    "Mean with a 95 % bootstrap interval over sentences, and over lots where there are some"
+    x, rng = np.asarray(x, dtype=float), np.random.default_rng(0)
+    which = rng.integers(0, len(x), (resamples, len(x)))
+    mean, draws = x.mean(), x[which].mean(1)
+    if less is not None:
+        less = np.asarray(less, dtype=float)
+        lots = rng.integers(0, len(less), (len(less), resamples))
+        mean, draws = mean - less.mean(), draws - np.take_along_axis(np.stack([l[which].mean(1) for l in less]), lots, 0).mean(0)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return dict(mean=float(mean), low=float(low), high=float(high))
 
-# %% ../nbs/11_scarcity.ipynb #f1569486
+# %% ../nbs/11_scarcity.ipynb #26598fbb
 def _in_open_heads(economy, found, opened): # `(sentences,)`: mean over the heads that are open
     heads = torch.stack([o for s,o in zip(economy.sites, economy.split(opened)) if s.kind == 'head']).bool().cpu()
     return found[:, heads].mean(1)
 
 def impose(
-    economy:Economy, # A standard model with gates on it
+    economy:Economy, # A standard model with gates on it, whose layers all attend
     batches:list[tuple[Mapping,torch.Tensor]], # Pairs of inputs and labels
     special_ids:Iterable[int], # Of the tokenizer
     values:list[torch.Tensor], # For each batch `(batch, tokens)`: what tokens are worth
     worth:torch.Tensor, # `(agents,)`: who stays when heads or blocks are scarce
-    score:Callable, # `score(logits)` gives the model's score on these sentences
+    score:Callable, # `score(logits, which)` gives the model's score on the sentences of these numbers
     kind:str, # One of KINDS
     share:float, # That is left
     before:tuple|None=None, # What observe says of the model without scarcity, if it is known
-    draws:int=3 # Of the lot
-    )->dict: # `score`, `dense`, `control_score`; for each of MEASURES its mean `before` and `after` in open heads, `change`, `control` and `excess` (of the change over the control's) with intervals, `composition`; `by_head`
+    draws:int=5 # Of the lot
+    )->dict: # `dense`, `score`, `gain` with its interval, `control_score`; for each of MEASURES its mean `before` and `after` in open heads, `change`, `control` and `excess` (of the change over the control's) with intervals, `composition`
     "Make one thing scarce, and see; raises `ValueError` for a kind that is not known"
     if kind not in KINDS: raise ValueError(f'kind={kind!r}: there are {", ".join(KINDS)}')
-    logits, dense = before or observe(economy, batches, special_ids, values)
-    everybody = torch.ones_like(economy.log_values)
-    def under(lot=None):
-        if kind == 'token': return everybody, *observe(economy, batches, special_ids, values, share=share, generator=None if lot is None else torch.Generator().manual_seed(lot))
-        opened = scarce(economy, kind, share, worth if lot is None else None, lot or 0)
-        return opened, *observe(economy, batches, special_ids, values, opened)
-    opened, answers, after = under()
+    logits, dense, _ = before or observe(economy, batches, special_ids, values)
+    everybody, all_of_them = torch.ones_like(economy.log_values), np.arange(len(logits))
+    def under(lot=None): # Predictions; measures in open heads before and after
+        opened = everybody if kind == 'token' else scarce(economy, kind, share, worth if lot is None else None, lot or 0)
+        answers, after, struck = observe(economy, batches, special_ids, values, opened, share if kind == 'token' else 1., lot)
+        start, end = ({k: _in_open_heads(economy, v[k], opened).numpy() for k in MEASURES} for v in (struck or dense, after))
+        return answers, start, end
+    answers, start, end = under()
     lots = [under(lot) for lot in range(draws)]
-    row = dict(kind=kind, share=share, dense=score(logits), score=score(answers), control_score=float(np.mean([score(a) for _,a,_ in lots])), by_head={k: v.mean(0).round(decimals=4).tolist() for k,v in after.items()})
+    resampled = np.random.default_rng(0).integers(0, len(logits), (300, len(logits)))
+    low, high = np.quantile([score(answers, i) - score(logits, i) for i in resampled], [0.025, 0.975])
+    row = dict(kind=kind, share=share, dense=score(logits, all_of_them), score=score(answers, all_of_them), control_score=float(np.mean([score(a, all_of_them) for a,*_ in lots])))
+    row['gain'] = dict(mean=row['score'] - row['dense'], low=float(low), high=float(high))
     for k in MEASURES:
-        start, end = _in_open_heads(economy, dense[k], opened), _in_open_heads(economy, after[k], opened)
-        control = torch.stack([_in_open_heads(economy, a[k], o) - _in_open_heads(economy, dense[k], o) for o,_,a in lots]).mean(0)
-        row[k] = dict(before=start.mean().item(), after=end.mean().item(), change=interval(end - start), control=interval(control), excess=interval(end - start - control), composition=(start - dense[k].mean((1, 2))).mean().item())
+        others = [e[k] - s[k] for _,s,e in lots]
+        row[k] = dict(before=float(start[k].mean()), after=float(end[k].mean()), change=interval(end[k] - start[k]), control=interval(np.mean(others, 0)), excess=interval(end[k] - start[k], others), composition=float(start[k].mean() - dense[k].mean()))
     return row
 
-# %% ../nbs/11_scarcity.ipynb #5a838209
+# %% ../nbs/11_scarcity.ipynb #cbed4b76
 def verdict(
     row:Mapping, # From impose
     tolerance:float=0.01 # How much of the score may be lost
-    )->str: # 'supported', 'refuted' or 'undecided'
+    )->str: # 'supported', 'undecided', 'refuted: ' and why
     "Does the model reallocate attention to high-value tokens and keep its accuracy?"
-    change, excess = row['top']['change'], row['top']['excess']
-    if row['score'] < row['dense'] - tolerance or change['high'] <= 0 or excess['high'] <= 0: return 'refuted'
-    return 'supported' if change['low'] > 0 and excess['low'] > 0 else 'undecided'
+    gain, change, excess = row['gain'], row['top']['change'], row['top']['excess']
+    why = [w for w,no in (('no more to value', change['high'] <= 0 or excess['high'] <= 0), ('accuracy', gain['high'] < -tolerance)) if no]
+    if why: return f'refuted: {" and ".join(why)}'
+    return 'supported' if gain['low'] >= -tolerance and change['low'] > 0 and excess['low'] > 0 else 'undecided'
 
 # %% ../nbs/11_scarcity.ipynb #881fb2a2
 def plot_scarcity(
