@@ -7,7 +7,7 @@ __all__ = ['MEASURES', 'KINDS', 'SHARES', 'watching', 'attention_maps', 'gini', 
            'rank_correlation', 'describe', 'deletion_values', 'integrated_gradients', 'scarce', 'ration', 'limited',
            'observe', 'interval', 'impose', 'verdict', 'plot_scarcity', 'plot_sentence']
 
-# %% ../nbs/11_scarcity.ipynb #c634cb62
+# %% ../nbs/11_scarcity.ipynb #ebfa7803
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +21,6 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from .agents import find_agents
 from .economy import Economy
 
 # %% ../nbs/11_scarcity.ipynb #ec92000b
