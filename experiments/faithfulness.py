@@ -9,9 +9,7 @@ All models of a task are examined on the same validation sentences, with the sam
 found, a list over sentences for each column. A try of the script itself: --samples 256 --sentences 8 --out FOLDER --records FOLDER/faithfulness.jsonl.
 """
 import argparse
-import json
 import math
-import os
 import random
 import time
 import warnings
@@ -25,7 +23,7 @@ from transformers.utils import logging
 from compecon.clock import now, package_versions, provenance
 from compecon.experiment import METHODS, TASKS, Bench, Plan, RunLog, _folder, _prepare, evaluate, load_dense, load_task, train_run
 from compecon.faithfulness import ATTRIBUTIONS, BINS, CRITERIA, compare, conclude, examine, verdicts
-from compecon.frontier import read_runs
+from compecon.frontier import append_line, read_runs
 from compecon.glue import length_sorted, tokenize
 from compecon.settle import save
 
@@ -37,16 +35,6 @@ def pick(samples, special_ids, n, fewest):
     special = set(special_ids)
     long = [i for i,(x,_) in enumerate(samples) if sum(t not in special for t in x['input_ids']) >= fewest]
     return [samples[i] for i in sorted(random.Random(0).sample(long, min(n, len(long))))]
-
-
-def append(record, path):
-    "Append a record to disk, in one piece; a torn last line is closed first"
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torn = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b'\n')
-    with open(path, 'a') as f:
-        f.write('\n'*bool(torn) + json.dumps(record, separators=(',', ':')) + '\n')
-        f.flush(); os.fsync(f.fileno())
 
 
 def settled(bench, log, models, method, budget):
@@ -118,7 +106,7 @@ def main():
                               params=sum(p.numel() for p in model.parameters()), attributions=list(ATTRIBUTIONS), examine_seconds=round(time.perf_counter() - start, 1),
                               **{**where, 'when': now()}, sentences=seen.round(4).to_dict('list'))
                 if args.samples: record['samples'] = args.samples
-                append(record, args.records)
+                append_line(record, args.records)
                 gains = ', '.join(f"{a} {(seen[f'{a} comprehensiveness'] - seen['random comprehensiveness']).mean():+.3f}" for a in (*ATTRIBUTIONS, 'gradients', 'effects'))
                 print(f"{name} seed {seed} {k['method']} at {k['budget']}: {record['metric']} {record['score']:.3f}, {len(seen)} sentences, full change {seen.full.abs().mean():.3f}, comprehensiveness over lots: {gains}; {record['examine_seconds']} s", flush=True)
     report(read_runs(args.records), methods)

@@ -1,12 +1,13 @@
 """Is a fine-tuned model an economy? The tests of compecon.rationality, on the dense models of the contest.
 
-Run:  python experiments/rationality.py --data ../shared/data [--task stsb|cola] [--seeds 3] [--budgets 0.6,0.4] [--methods taylor,fisher]
+Run:  python experiments/rationality.py --data ../shared/data [--task stsb|cola] [--seeds 3] [--budgets 0.6,0.4] [--methods taylor,fisher,signed]
 
 Every finding is a line of RECORDS (results/rationality.jsonl) as soon as it is known, one for each task, seed, method, budget and test; run again, it goes on where it was.
 Dense models and their records are those of benchmarks/contest.py, in OUT (results/contest), and are made if they are not there. No weight is changed after the fine-tune: neurons
 are only re-ordered by Taylor's values, as everywhere (compecon.firms), but for the test `seeds`, for which neurons have to stay where they were.
 Valuations are made of 512 training samples, as in the contest; the tests ask SAMPLES others of the training set, and those that ask of many open sets a quarter of them.
-Tests that look at many budgets or at none are made once, and recorded at a budget of 1. Fisher's price is in squared loss, so `posted price` is not asked of it.
+Tests that look at many budgets or at none are made once, and recorded at a budget of 1. What has no answer (Fisher's price is no slope; a price may be 0) is recorded as
+'not asked', with its reason. Anything else that goes wrong (a loss that is no number, too few samples) ends the run. Lots are the same for all methods, and asked once.
 A try of the script itself: --samples 32 --out FOLDER --records FOLDER/rationality.jsonl.
 """
 import argparse
@@ -28,7 +29,7 @@ from compecon.experiment import TASKS, Bench, Plan, RunLog, _prepare, load_dense
 from compecon.firms import form_firms
 from compecon.frontier import read_runs
 from compecon.glue import length_sorted, loss_of, tokenize
-from compecon.rationality import KEY, READINGS, TESTS, WITHOUT_BUDGET, Trial, append_finding, stability, verdicts
+from compecon.rationality import KEY, READINGS, TESTS, WITHOUT_BUDGET, NotAsked, Trial, append_finding, stability, verdicts
 
 OUT, RECORDS = 'results/contest', 'results/rationality.jsonl'
 FEW = 'nested', 'interactions', 'additive' # Tests that ask of many open sets
@@ -74,7 +75,7 @@ def main():
     parser.add_argument('--budgets', default='0.6,0.4', help="shares of the dense model's FLOPs")
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument('--first', type=int, default=0, help='the first seed')
-    parser.add_argument('--methods', default='taylor,fisher', help=f'whose valuations: {", ".join(READINGS)}')
+    parser.add_argument('--methods', default='taylor,fisher,signed', help=f'whose valuations: {", ".join(READINGS)}')
     parser.add_argument('--tests', default=','.join([*TESTS, 'seeds']))
     parser.add_argument('--samples', type=int, default=384, help=f'at least {BATCHES}; other than 384 needs --records of its own')
     parser.add_argument('--out', default=OUT)
@@ -96,7 +97,7 @@ def main():
     runs = read_runs(args.records)
     done = {tuple(r) for r in runs[list(KEY)].itertuples(index=False)} if 'test' in runs else set()
     todo = [(s, m, b, t) for s in seeds for m in methods for t,b in [*((t, b) for b in budgets for t in tests if t not in WITHOUT_BUDGET), *((t, 1.) for t in tests if t in WITHOUT_BUDGET)]
-            if not (t == 'posted price' and m == 'fisher') and not (t == 'seeds' and len(seeds) < 2) and tuple(key(s, m, b, t).values()) not in done]
+            if not (t == 'seeds' and len(seeds) < 2) and tuple(key(s, m, b, t).values()) not in done]
     if todo:
         _, tokenizer = load_dense(plan.model, task)
         samples = {k: tokenize(task, rows, tokenizer) for k,rows in load_task(plan.task, plan.data).items()}
@@ -118,11 +119,10 @@ def main():
         for _, method, budget, test in (t for t in todo if t[0] == seed):
             began = time.perf_counter()
             try: finding = (partial(across, seed, method) if test == 'seeds' else partial(trials.run, test, method, budget))()
-            except ValueError as e:
-                print(f'{plan.task} seed {seed} {method} at {budget:g}, {test}: not asked, {e}', flush=True)
-                continue
+            except NotAsked as e: finding = dict(test=test, verdict='not asked', reason=str(e))
             finding = append_finding(finding | key(seed, method, budget, test) | dict(split='train', tokens=tokens, dense=bench.score, seconds=time.perf_counter() - began, **{**origin, 'when': now()}), args.records)
-            print(f"{plan.task} seed {seed} {method} at {budget:g}, {test}: {finding['measured']:.3f} ({finding['low']:.3f} to {finding['high']:.3f}), control {finding['control']:.3f}: {finding['verdict']} ({finding['seconds']:.0f} s)", flush=True)
+            told = finding.get('reason') or f"{finding['measured']:.3f} ({finding['low']:.3f} to {finding['high']:.3f}), control {finding['control']:.3f}"
+            print(f"{plan.task} seed {seed} {method} at {budget:g}, {test}: {told}: {finding['verdict']} ({finding['seconds']:.0f} s)", flush=True)
     runs = read_runs(args.records)
     if 'test' in runs: print(verdicts(runs[runs.task == plan.task])[['method', 'budget', 'test', 'seeds', 'measured', 'low', 'high', 'goal', 'control', 'verdict']].to_markdown(index=False, floatfmt='.3f'))
 
