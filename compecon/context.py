@@ -57,11 +57,19 @@ class Router(nn.Module):
         h = self.reads(F.layer_norm(x - self.common, x.shape[-1:]))
         return self.bids(h*(self.gain/h.shape[-1]))
 
-# %% ../nbs/05a_context.ipynb #aae0f486
+# %% ../nbs/05a_context.ipynb #4cbc2177
 def _inputs(model, args, kwargs): # By name
     if len(args) == 1 and isinstance(args[0], Mapping): return {**args[0], **kwargs}
     return {**dict(zip(inspect.signature(model.forward).parameters, args)), **kwargs}
 
+def _root(bids, spend, budget): # The lowest log price, to rounding, at which `spend(bids - log_price)` is at most `budget`
+    low, high = bids.min() - 20, bids.max() + 20
+    for _ in range(60):
+        mid = (low + high)/2
+        low, high = (mid, high) if spend(bids - mid) > budget else (low, mid)
+    return high
+
+# %% ../nbs/05a_context.ipynb #aae0f486
 class ContextualEconomy(Economy):
     "An economy whose agents open for each sequence as a router says; the budget is one of the mean over sequences"
     clearing = None # What sets the price of a training batch once it is read: `clearing(economy)`
@@ -132,13 +140,6 @@ class ContextualEconomy(Economy):
         s = self.spends()
         return f'ContextualEconomy({type(self.model).__name__}: {len(self)} agents, spend {s.mean():.3f} ({s.min():.3f} to {s.max():.3f} over {len(s)} sequences) at price {self.price:.3g})'
     def _repr_markdown_(self): return f'{self!r}\n\n' + presence(self).to_markdown(index=False)
-
-def _root(bids, spend, budget): # The lowest log price, to rounding, at which `spend(bids - log_price)` is at most `budget`
-    low, high = bids.min() - 20, bids.max() + 20
-    for _ in range(60):
-        mid = (low + high)/2
-        low, high = (mid, high) if spend(bids - mid) > budget else (low, mid)
-    return high
 
 # %% ../nbs/05a_context.ipynb #d5f4a616
 def presence(
