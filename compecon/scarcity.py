@@ -142,6 +142,7 @@ def rank_correlation(
     a, b = ranks(a), ranks(b)
     return (a*b).sum(-1)/((a**2).sum(-1)*(b**2).sum(-1)).sqrt().clamp_min(1e-12)
 
+# %% ../nbs/11_scarcity.ipynb #e7204d5f
 def describe(
     p:torch.Tensor, # `(batch, heads, queries, keys)`: attention of one layer
     real:torch.Tensor, # `(batch, keys)` of bool: what is no padding
@@ -219,6 +220,7 @@ def scarce(
     opened[numbers[values[mine].topk(math.ceil(share*len(numbers) - 1e-4)).indices]] = 1
     return opened.to(economy.log_values.device)
 
+# %% ../nbs/11_scarcity.ipynb #fd71cdd7
 def ration(
     p:torch.Tensor, # `(batch, heads, queries, keys)`: attention of one layer
     share:float, # Of the content tokens that may be attended to
@@ -273,6 +275,7 @@ def observe(
     def whole(seen): return {k: torch.cat([torch.stack([l[k] for l in layers], 1) for layers in seen]) for k in MEASURES}
     return torch.cat(logits), whole(found), whole(struck) if share < 1 else {}
 
+# %% ../nbs/11_scarcity.ipynb #65ba06bb
 def interval(
     x:Sequence[float], # `(sentences,)`
     less:Sequence[Sequence[float]]|None=None, # `(lots, sentences)`: the mean over lots is taken off
@@ -362,6 +365,7 @@ def plot_scarcity(
     axes[0, 0].legend()
     return axes
 
+# %% ../nbs/11_scarcity.ipynb #6baca85a
 def plot_sentence(
     before:torch.Tensor, # `(tokens,)`: attention received, as received gives it, in one head or on average
     after:torch.Tensor, # The same, under scarcity
