@@ -30,6 +30,7 @@ from compecon.context import ContextualEconomy, calibrate
 from compecon.economy import Economy
 from compecon.flops import latency
 from compecon.kernels import down, ffn, ffn_reference, open_set, pack_down, pack_up, up
+from compecon.native import huge_pages
 from compecon.packed import pack, pack_economy
 from compecon.settle import settle
 
@@ -58,6 +59,9 @@ def ffns(config, tokens, shares, seconds, device):
     nb, x = N//BLOCK, torch.randn(1, tokens, H, device=device)
     layers = [[torch.randn(N, H, device=device)*.03, torch.randn(N, device=device)*.1, torch.randn(H, N, device=device)*.03, torch.randn(H, device=device)*.1] for _ in range(LAYERS)]
     packed = {name: [(pack_up(a, BLOCK, d), b, pack_down(c, BLOCK, d), e) for a,b,c,e in layers] for name,d in (('', None), (':bfloat16', torch.bfloat16), (':int8', torch.int8))}
+    huge_pages([v for ls in packed.values() for (a, sa), b, (c, sc), e in ls for v in (a, c)])
+    paged = [[v.clone() for v in l] for l in layers]
+    huge_pages([v for l in paged for v in l])
     plain = [torch.nn.Sequential(torch.nn.Linear(H, N), torch.nn.GELU(), torch.nn.Linear(N, H)) for _ in layers]
     for m, (a, b, c, e) in zip(plain, layers): m[0].weight.data, m[0].bias.data, m[2].weight.data, m[2].bias.data = a, b, c, e
     eight = [torch.ao.quantization.quantize_dynamic(m, {torch.nn.Linear}) for m in plain] if device == 'cpu' else []
@@ -77,7 +81,8 @@ def ffns(config, tokens, shares, seconds, device):
             return torch.bmm(F.gelu(torch.bmm(x.expand(len(k), -1, -1), a[k]) + b[k]), c[k]).sum(0) + e
         def ours(packed, i): (a, b, c, e) = packed[i]; return ffn(x, a, b, c, e, sets[i])
         def tokenwise(i): a, b, c, e = packed[''][i]; return ffn(x.transpose(0, 1), a, b, c, e, each[i])
-        ways = {'torch:masked': masked, 'torch:index_select': selected, 'torch:bmm': bmm, **{'compecon' + n: partial(ours, p) for n,p in packed.items()}}
+        def in_huge_pages(i): a, b, c, e = paged[i]; return F.linear(F.gelu(F.linear(x[0], a, b)), c, e)
+        ways = {'torch:dense, huge pages, all open': in_huge_pages, 'torch:masked': masked, 'torch:index_select': selected, 'torch:bmm': bmm, **{'compecon' + n: partial(ours, p) for n,p in packed.items()}}
         if tokens > 1: ways['compecon:token sets'] = tokenwise
         if eight: ways['torch:int8, all open'] = lambda i: eight[i](x)
         calls = {'dense': lambda: [dense(*l) for l in layers], **{k: lambda f=f: [f(i) for i in range(LAYERS)] for k,f in ways.items()}}
@@ -89,7 +94,7 @@ def ffns(config, tokens, shares, seconds, device):
             xs = x.transpose(0, 1) if k.endswith('token sets') else x
             exact = ffn_reference(*(v.double() if isinstance(v, torch.Tensor) else v for v in (xs, a[0], None, b, None, None, None, c[0], None, e)), o.group, o.block, 2).view(tokens, H)
             error = None if 'all open' in k else ((f(0).view(tokens, H).double() - exact).norm()/exact.norm()).item()
-            computed = 1 if k.split(':')[-1] in ('masked', 'int8, all open') else o.share
+            computed = 1 if k == 'torch:masked' or 'all open' in k else o.share
             size = dict(bfloat16=2, int8=1).get(k.split(':')[-1].split(',')[0], 4)
             yield dict(op='ffn', shape=f'{H}x{N}', batch=1, tokens=tokens, open=round(share, 4), backend=k, dense_ratio=t.ratio, low=t.low, high=t.high, ms=per*1e3, dense_ms=times.ms['dense']/LAYERS, error=error,
                        gb_s=2*H*N*computed*size/per/1e9, tflop_s=4*tokens*H*N*computed/per/1e12)
@@ -101,6 +106,7 @@ def attentions(config, tokens, batch, heads, seconds, device):
     d, x = H//n, torch.randn(1, batch*tokens, H, device=device)
     layers = [[torch.randn(H, H, device=device)*.05 for _ in range(4)] + [torch.randn(H, device=device)*.1 for _ in range(4)] for _ in range(LAYERS)]
     fused = [(pack_up(torch.stack([w.view(n, d, H) for w in l[:3]], 1).reshape(3*H, H), 3*d), torch.stack([b.view(n, d) for b in l[4:7]], 1).reshape(3*H), pack_down(l[3], d), l[7]) for l in layers]
+    huge_pages([v for (a, _), b, (c, _), e in fused for v in (a, c)])
     def attend(q, k, v): return F.scaled_dot_product_attention(*(t.view(batch, tokens, -1, d).transpose(1, 2) for t in (q, k, v))).transpose(1, 2).flatten(2)
     def dense(i): l = layers[i]; return F.linear(attend(*(F.linear(x[0], l[j], l[4 + j]) for j in range(3))), l[3], l[7])
     sets = [open_set(some(n, heads/n).to(device)) for _ in layers]
@@ -133,7 +139,9 @@ def models(name, config, tokens, batch, shares, seconds, device):
         static.valuations = economy.log_values.detach().exp()
         achieved = static.clear(share)
         small = settle(static)
-        made = {'masked, router': (economy.model, spent), 'packed, router': (pack_economy(economy), spent), 'settled': (small, achieved), 'settled, packed': (pack(small), achieved),
+        paged = copy.deepcopy(model)
+        huge_pages(paged.parameters())
+        made = {'dense, huge pages': (paged, 1.), 'masked, router': (economy.model, spent), 'packed, router': (pack_economy(economy), spent), 'settled': (small, achieved), 'settled, packed': (pack(small), achieved),
                 'settled, packed:bfloat16': (pack(small, dtype=torch.bfloat16), achieved), 'settled, packed:int8': (pack(small, dtype=torch.int8), achieved), 'packed, all open': (pack(model), 1.)}
         times = timed({'dense': lambda: model(**x), **{k: lambda m=m: m(**x) for k,(m,_) in made.items()}}, seconds, device)
         for k, (_, flops) in made.items():
@@ -142,8 +150,9 @@ def models(name, config, tokens, batch, shares, seconds, device):
 
 
 def bandwidth(seconds=2.):
-    "Gigabytes a second that one thread reads from memory: the best of sums over 256 MB"
+    "Gigabytes a second that one thread reads from memory, in huge pages: the best of sums over 256 MB"
     big, best, start = torch.ones(64_000_000), 0., time.perf_counter()
+    huge_pages([big])
     while time.perf_counter() - start < seconds:
         t = time.thread_time(); big.sum(); best = max(best, 0.256/(time.thread_time() - t))
     return best

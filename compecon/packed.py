@@ -17,7 +17,7 @@ from .agents import Site, find_agents, width_out
 from .context import ContextualEconomy
 from .economy import Economy
 from .kernels import ACTIVATIONS, PANEL, open_set, pack_down, pack_up
-from .native import load
+from .native import huge_pages, load
 from .settle import drop_gates
 
 # %% ../nbs/09a_packed.ipynb #b9d295a5
@@ -75,6 +75,7 @@ class Packed(nn.Module):
         scales = {name: p.data for name,p in self._parameters.items() if p is not None and name.startswith('scale')}
         super()._apply(fn, recurse)
         for name, scale in scales.items(): self._parameters[name].data = scale.to(self._parameters[name].device)
+        huge_pages(self.parameters())
         return self
 
 def _weight(projection): return projection.weight.detach().T if isinstance(projection, Conv1D) else projection.weight.detach() # (outputs, inputs)
@@ -169,6 +170,7 @@ def pack(
         for r in _packable(s): s.base.set_submodule(paths[r], PackedUp(door, r, dtype, activation))
         s.base.set_submodule(s.part.out, PackedDown(door, s.out, dtype))
         model.doors.append(door)
+    huge_pages(model.parameters())
     return model
 
 def _not_saved(*_, **__): raise ValueError('a packed model has no weights that transformers could read: save the model that was packed, and pack it after loading')

@@ -100,7 +100,10 @@ INLINE Lanes activate(Lanes x, int64_t activation) {
 
 // ---- One tile
 
-struct Ahead { const char* line; int64_t bytes; };  // what to fetch meanwhile, in every eight steps
+// What to fetch meanwhile, in every eight steps. Many rows: a piece of another panel. One row waits for memory alone, and a processor reads ahead by itself as long as
+// addresses rise; so there it is the start of what follows a gap, and for narrow weights, which are used up more slowly than they are asked for, everything
+struct Ahead { const char* line = nullptr; int64_t bytes = 0; const char* end = nullptr; int64_t gap = 0; };
+template<class W> constexpr int64_t DISTANCE = sizeof(W) < 4 ? 8192 : 4096;
 
 template<int M, class W> INLINE void step(Panel (&sum)[M], const float* const (&x)[M], int64_t k, const W* w) {
   Panel weights;
@@ -114,7 +117,11 @@ template<int M, class W> INLINE void product(Panel (&sum)[M], const float* const
   Panel more[CHAINS][M] = {};
   int64_t k = 0;
   for (; k + 8 <= steps; k += 8, w += 8*PANEL) {
-    if constexpr (M == 1) for (int64_t b = 0; b < 8*PANEL*(int64_t)sizeof(W); b += 64) __builtin_prefetch((const char*)w + 2048 + b);
+    if constexpr (M == 1) {
+      const char* p = (const char*)w + DISTANCE<W>;
+      const bool over = p >= ahead.end;
+      if (over || sizeof(W) < 4) for (int64_t b = 0; b < 8*PANEL*(int64_t)sizeof(W); b += 64) __builtin_prefetch(p + (over ? ahead.gap : 0) + b, 0, 2);
+    }
     for (int64_t b = 0; b < ahead.bytes; b += 64) __builtin_prefetch(ahead.line + b, 0, 2);
     ahead.line += ahead.bytes;
 #pragma GCC unroll 8
@@ -156,12 +163,13 @@ template<class W> struct Weights {
 
 INLINE const float* at_or_null(const float* p, int64_t i) { return p ? p + i : nullptr; }
 
-template<class W, class At> void panel_rows(const W* w, const float* scale, const float* bias, int64_t steps, int64_t rows, At at, int64_t activation, Write write, const W* next) {
-  tiles(rows, next, steps*PANEL*sizeof(W), [&]<int M>(int64_t first, int64_t m, const char* line, int64_t share) {
+// `next` follows this panel, and weights are read without a gap up to `end`
+template<class W, class At> void panel_rows(const W* w, const float* scale, const float* bias, int64_t steps, int64_t rows, At at, int64_t activation, Write write, const W* next, const W* end) {
+  tiles(rows, rows > 1 ? next : nullptr, steps*PANEL*sizeof(W), [&]<int M>(int64_t first, int64_t m, const char* line, int64_t share) {
     const float* x[M]; float* y[M];
     for (int i = 0; i < M; i++) { Row row = at(first + std::min<int64_t>(i, m - 1)); x[i] = row.x; y[i] = row.y; }
     Panel sum[M] = {};
-    product<M>(sum, x, steps, w, Ahead{line, (share*8/std::max<int64_t>(steps, 1) + 63)/64*64});
+    product<M>(sum, x, steps, w, Ahead{line, (share*8/std::max<int64_t>(steps, 1) + 63)/64*64, (const char*)end, next ? (const char*)next - (const char*)end : 0});
     for (int i = 0; i < M; i++) if (i < m) for (int q = 0; q < PARTS; q++) {
       Lanes v = sum[i].part[q];
       if (scale) v *= load(scale + q*LANES);
@@ -213,7 +221,7 @@ template<class W> void up_group(const Weights<W>& w, const Open& open, int64_t g
     const W* next = q + 1 == q1 ? nullptr : w.panel(open.block[open.first[g] + (q + 1)/w.panels], (q + 1) % w.panels);
     const int64_t column = (b*w.panels + p)*PANEL;
     panel_rows(w.panel(b, p), at_or_null(w.scale, column), at_or_null(w.bias, column), w.steps, rows,
-               [&](int64_t r) { return Row{x + r*width, h.data + i*h.pair + r*h.row + p*PANEL}; }, activation, write, rows > 1 ? next : nullptr);
+               [&](int64_t r) { return Row{x + r*width, h.data + i*h.pair + r*h.row + p*PANEL}; }, activation, write, next, w.panel(b, p + 1));
   }
 }
 
@@ -226,7 +234,7 @@ template<class W> void up(const Weights<W>& w, const Open& open, Rows x, Feature
       for (int64_t q = q0; q < q1; q++) {
         const int64_t b = q/w.panels, p = q % w.panels, *pairs = by.pairs.data() + by.first[b];
         panel_rows(w.panel(b, p), at_or_null(w.scale, q*PANEL), at_or_null(w.bias, q*PANEL), w.steps, by.first[b + 1] - by.first[b],
-                   [&](int64_t r) { return Row{x.data + open.group[pairs[r]]*x.width, h.data + pairs[r]*h.pair + p*PANEL}; }, activation, write, (const W*)nullptr);
+                   [&](int64_t r) { return Row{x.data + open.group[pairs[r]]*x.width, h.data + pairs[r]*h.pair + p*PANEL}; }, activation, write, (const W*)nullptr, w.panel(b, p + 1));
       }
     });
     return;
@@ -268,11 +276,14 @@ template<class W> void down_blocks(const Weights<W>& w, const Open& open, const 
   for (int64_t r = 0; r < open.groups*y.rows; r++) for (int64_t c = p0*PANEL; c < p1*PANEL; c++) y.data[r*y.width + c] = w.bias ? w.bias[c] : 0.f;
   for (int64_t b = 0; b < w.blocks; b++) {
     const int64_t *pairs = by.pairs.data() + by.first[b], rows = (by.first[b + 1] - by.first[b])*y.rows;
+    int64_t later = b + 1;
+    while (later < w.blocks && by.first[later] == by.first[later + 1]) later++;
+    const W* after = later < w.blocks ? w.panel(later, p0) : nullptr;
     if (rows) for (int64_t p = p0; p < p1; p++)
       panel_rows(w.panel(b, p), at_or_null(w.scale, p*PANEL), nullptr, w.steps, rows, [&](int64_t r) {
         const int64_t i = pairs[r/y.rows], row = r % y.rows;
         return Row{h.data + i*h.pair + row*h.row, y.data + (open.group[i]*y.rows + row)*y.width + p*PANEL};
-      }, 0, Write::ADD, rows > 1 && p + 1 < p1 ? w.panel(b, p + 1) : nullptr);
+      }, 0, Write::ADD, rows > 1 ? (p + 1 < p1 ? w.panel(b, p + 1) : nullptr) : after, w.panel(b, p1));
   }
 }
 
