@@ -3,7 +3,7 @@
 Run:  python benchmarks/sparse.py [--models bert,minilm] [--tokens 1,16,128,1024] [--open 1,0.75,0.6,0.5,0.25] [--parts ffn,attention,model] [--seconds 8] [--device cpu]
 
 Every line of OUT/kernels.jsonl is one way to compute with a share of the agents open: its time as a share of dense torch's, measured in turns by the clock of the
-thread, with quartiles; its error against float64; what it reads and computes in a second. One thread, at least 12 layers with weights of their own (fewer would stay in the caches),
+thread, with quartiles; its error against float64; what it reads and computes in a second (at one token beside a plain sum over as much memory, in the same turns). Weights of `compecon` lie in huge pages, `torch:dense, huge pages` is torch with the same. One thread, at least 12 layers with weights of their own (fewer would stay in the caches),
 another random open set for each layer. `compecon` is ours, with weights as float32, bfloat16 or int8; its peers are `masked` (everything is computed), `index_select` (open weights are
 copied together), `bmm` (block by block, in a batch), and torch's dynamic int8.
 
@@ -30,7 +30,6 @@ from compecon.context import ContextualEconomy, calibrate
 from compecon.economy import Economy
 from compecon.flops import latency
 from compecon.kernels import down, ffn, ffn_reference, open_set, pack_down, pack_up, up
-from compecon.native import huge_pages
 from compecon.packed import pack, pack_economy
 from compecon.settle import settle
 
@@ -59,9 +58,9 @@ def ffns(config, tokens, shares, seconds, device):
     nb, x = N//BLOCK, torch.randn(1, tokens, H, device=device)
     layers = [[torch.randn(N, H, device=device)*.03, torch.randn(N, device=device)*.1, torch.randn(H, N, device=device)*.03, torch.randn(H, device=device)*.1] for _ in range(LAYERS)]
     packed = {name: [(pack_up(a, BLOCK, d), b, pack_down(c, BLOCK, d), e) for a,b,c,e in layers] for name,d in (('', None), (':bfloat16', torch.bfloat16), (':int8', torch.int8))}
-    huge_pages([v for ls in packed.values() for (a, sa), b, (c, sc), e in ls for v in (a, c)])
+    native.huge_pages([v for ls in packed.values() for (a, sa), b, (c, sc), e in ls for v in (a, c)])
     paged = [[v.clone() for v in l] for l in layers]
-    huge_pages([v for l in paged for v in l])
+    native.huge_pages([v for l in paged for v in l])
     plain = [torch.nn.Sequential(torch.nn.Linear(H, N), torch.nn.GELU(), torch.nn.Linear(N, H)) for _ in layers]
     for m, (a, b, c, e) in zip(plain, layers): m[0].weight.data, m[0].bias.data, m[2].weight.data, m[2].bias.data = a, b, c, e
     eight = [torch.ao.quantization.quantize_dynamic(m, {torch.nn.Linear}) for m in plain] if device == 'cpu' else []
@@ -85,8 +84,11 @@ def ffns(config, tokens, shares, seconds, device):
         ways = {'torch:dense, huge pages, all open': in_huge_pages, 'torch:masked': masked, 'torch:index_select': selected, 'torch:bmm': bmm, **{'compecon' + n: partial(ours, p) for n,p in packed.items()}}
         if tokens > 1: ways['compecon:token sets'] = tokenwise
         if eight: ways['torch:int8, all open'] = lambda i: eight[i](x)
-        calls = {'dense': lambda: [dense(*l) for l in layers], **{k: lambda f=f: [f(i) for i in range(LAYERS)] for k,f in ways.items()}}
+        memory = torch.ones(round(share*2*H*N*LAYERS)) if tokens == 1 and device == 'cpu' else None  # as much as `compecon` reads
+        if memory is not None: native.huge_pages([memory])
+        calls = {'dense': lambda: [dense(*l) for l in layers], **({} if memory is None else {'read': memory.sum}), **{k: lambda f=f: [f(i) for i in range(LAYERS)] for k,f in ways.items()}}
         times = timed(calls, seconds, device)
+        reads = None if memory is None else memory.nbytes/times.ms['read']/1e6
         for k, f in ways.items():
             t, per = times.loc[k], times.ms[k]/1e3/LAYERS
             o = each[0] if k.endswith('token sets') else sets[0]
@@ -97,7 +99,7 @@ def ffns(config, tokens, shares, seconds, device):
             computed = 1 if k == 'torch:masked' or 'all open' in k else o.share
             size = dict(bfloat16=2, int8=1).get(k.split(':')[-1].split(',')[0], 4)
             yield dict(op='ffn', shape=f'{H}x{N}', batch=1, tokens=tokens, open=round(share, 4), backend=k, dense_ratio=t.ratio, low=t.low, high=t.high, ms=per*1e3, dense_ms=times.ms['dense']/LAYERS, error=error,
-                       gb_s=2*H*N*computed*size/per/1e9, tflop_s=4*tokens*H*N*computed/per/1e12)
+                       gb_s=2*H*N*computed*size/per/1e9, read_gb_s=reads, tflop_s=4*tokens*H*N*computed/per/1e12)
 
 
 def attentions(config, tokens, batch, heads, seconds, device):
@@ -106,7 +108,7 @@ def attentions(config, tokens, batch, heads, seconds, device):
     d, x = H//n, torch.randn(1, batch*tokens, H, device=device)
     layers = [[torch.randn(H, H, device=device)*.05 for _ in range(4)] + [torch.randn(H, device=device)*.1 for _ in range(4)] for _ in range(LAYERS)]
     fused = [(pack_up(torch.stack([w.view(n, d, H) for w in l[:3]], 1).reshape(3*H, H), 3*d), torch.stack([b.view(n, d) for b in l[4:7]], 1).reshape(3*H), pack_down(l[3], d), l[7]) for l in layers]
-    huge_pages([v for (a, _), b, (c, _), e in fused for v in (a, c)])
+    native.huge_pages([v for (a, _), b, (c, _), e in fused for v in (a, c)])
     def attend(q, k, v): return F.scaled_dot_product_attention(*(t.view(batch, tokens, -1, d).transpose(1, 2) for t in (q, k, v))).transpose(1, 2).flatten(2)
     def dense(i): l = layers[i]; return F.linear(attend(*(F.linear(x[0], l[j], l[4 + j]) for j in range(3))), l[3], l[7])
     sets = [open_set(some(n, heads/n).to(device)) for _ in layers]
@@ -140,22 +142,13 @@ def models(name, config, tokens, batch, shares, seconds, device):
         achieved = static.clear(share)
         small = settle(static)
         paged = copy.deepcopy(model)
-        huge_pages(paged.parameters())
+        native.huge_pages(paged.parameters())
         made = {'dense, huge pages': (paged, 1.), 'masked, router': (economy.model, spent), 'packed, router': (pack_economy(economy), spent), 'settled': (small, achieved), 'settled, packed': (pack(small), achieved),
                 'settled, packed:bfloat16': (pack(small, dtype=torch.bfloat16), achieved), 'settled, packed:int8': (pack(small, dtype=torch.int8), achieved), 'packed, all open': (pack(model), 1.)}
         times = timed({'dense': lambda: model(**x), **{k: lambda m=m: m(**x) for k,(m,_) in made.items()}}, seconds, device)
         for k, (_, flops) in made.items():
             t = times.loc[k]
             yield dict(op='model', shape=name, batch=batch, tokens=tokens, open=share, flops_ratio=flops, backend=k, dense_ratio=t.ratio, low=t.low, high=t.high, ms=t.ms, dense_ms=times.ms['dense'])
-
-
-def bandwidth(seconds=2.):
-    "Gigabytes a second that one thread reads from memory, in huge pages: the best of sums over 256 MB"
-    big, best, start = torch.ones(64_000_000), 0., time.perf_counter()
-    huge_pages([big])
-    while time.perf_counter() - start < seconds:
-        t = time.thread_time(); big.sum(); best = max(best, 0.256/(time.thread_time() - t))
-    return best
 
 
 def tables(file):
@@ -190,7 +183,6 @@ def main():
     torch.set_num_threads(args.threads); torch.manual_seed(0)
     loaded, stamp = native.load(args.device.split(':')[0]), provenance(args.device)
     print(loaded.how, loaded.variant, loaded.why)
-    reads = bandwidth() if args.device == 'cpu' else None
     shares = [float(o) for o in args.open.split(',')]
     with torch.inference_mode():
         for name in args.models.split(','):
@@ -201,7 +193,7 @@ def main():
                              model=lambda: models(name, config, length, batch, [s for s in shares if s in (0.6, 0.25)], 2*args.seconds, args.device))
                 for part in args.parts.split(','):
                     for row in parts[part]():
-                        with open(file, 'a') as f: f.write(json.dumps(dict(row, model=name, variant=loaded.variant, read_gb_s=reads, **stamp)) + '\n')
+                        with open(file, 'a') as f: f.write(json.dumps(dict(row, model=name, variant=loaded.variant, **stamp)) + '\n')
                         print(row['op'], name, row['tokens'], row['open'], row['backend'], round(row['dense_ratio'], 3), flush=True)
     print(tables(file))
 
