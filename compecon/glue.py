@@ -6,6 +6,7 @@
 __all__ = ['GLUE', 'Task', 'score', 'check_rows', 'load_glue', 'tokenize', 'length_sorted', 'loss_of']
 
 # %% ../nbs/13_glue.ipynb #0dc2fb26
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
+from datasets.fingerprint import Hasher
 from fastai.text.data import SortedDL
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
@@ -111,13 +113,19 @@ def load_glue(
     return read
 
 # %% ../nbs/13_glue.ipynb #4576fd67
+def _key(task, rows, tokenizer): # What cached tokens depend on; settings of the latest call do not count
+    if not tokenizer.is_fast: return None  # datasets finds a key itself
+    rules = {k: v for k,v in json.loads(tokenizer.backend_tokenizer.to_str()).items() if k not in ('truncation', 'padding')}
+    return Hasher.hash([rows._fingerprint, task.columns, task.max_length, json.dumps(rules, sort_keys=True), tokenizer.model_input_names, tokenizer.truncation_side])
+
 def tokenize(
     task:Task, # Which columns to read
     rows:datasets.Dataset, # One split
     tokenizer # Of the model
     )->list[tuple[dict,object]]: # Samples for hf_collate: `({'input_ids', ..., 'idx'}, label)`
-    "Tokenise one split of a task"
-    texts = tokenizer(*(list(rows[c]) for c in task.columns), truncation=True, max_length=task.max_length)
+    "Tokenise one split of a task, or read its tokens from the cache of `datasets`"
+    def encode(batch): return dict(tokenizer(*(batch[c] for c in task.columns), truncation=True, max_length=task.max_length))
+    texts = rows.map(encode, batched=True, remove_columns=rows.column_names, new_fingerprint=_key(task, rows, tokenizer))[:]
     kind = float if task.classes == 1 else int
     return [({**{k: v[i] for k,v in texts.items()}, 'idx': idx}, kind(y)) for i,(idx,y) in enumerate(zip(rows['idx'], rows['label']))]
 
