@@ -75,16 +75,16 @@ def ablations(
             rows.append(dict(change=m[1], task=task, budget=budget, difference=d.mean(), low=d.min(), high=d.max(), pairs=len(d)))
     return pd.DataFrame(rows, columns=['change', 'task', 'budget', 'difference', 'low', 'high', 'pairs'])
 
-# %% ../nbs/16_results.ipynb #6a4d5e95
+# %% ../nbs/16_results.ipynb #132c6973
 def perplexities(
     runs:pd.DataFrame # From read_runs of `wikitext.jsonl`
-    )->pd.DataFrame: # One row for each model, budget and method: seeds, shares of the whole model and of its layers that were achieved, mean perplexities, and the mean `loss` relative to the dense model, by the word
+    )->pd.DataFrame: # One row for each model, number of `steps` of recovery, budget and method: seeds, shares of the whole model and of its layers that were achieved, mean perplexities, and the mean `loss` relative to the dense model, by the word
     "How much worse a smaller decoder predicts"
-    runs = runs.drop_duplicates(['model', 'task', 'method', 'budget', 'seed'], keep='last')
-    runs = runs.assign(token=[m['token'] for m in runs.metrics], loss=[r['word'] for r in runs.relative])
-    table = runs.groupby(['model', 'task', 'budget', 'method'], sort=False).agg(seeds=('seed', 'nunique'), params=('achieved_params', 'mean'), layers=('achieved_layers', 'mean'), FLOPs=('achieved_flops', 'mean'),
+    runs = runs.assign(steps=[p.get('steps', 0) for p in runs.plan], token=[m['token'] for m in runs.metrics], loss=[r['word'] for r in runs.relative])
+    keys = ['model', 'task', 'steps', 'budget', 'method']
+    table = runs.drop_duplicates([*keys, 'seed'], keep='last').groupby(keys, sort=False).agg(seeds=('seed', 'nunique'), params=('achieved_params', 'mean'), layers=('achieved_layers', 'mean'), FLOPs=('achieved_flops', 'mean'),
                                                                               word=('score', 'mean'), token=('token', 'mean'), loss=('loss', 'mean'))
-    return table.sort_values(['budget', 'word'], ascending=[False, True]).reset_index()
+    return table.sort_values(['steps', 'budget', 'word'], ascending=[False, False, True]).reset_index()
 
 # %% ../nbs/16_results.ipynb #1d2cb6f9
 def fastest(
@@ -105,7 +105,7 @@ def products(
     some = records[records.open.between(.58, .61)]
     return some.assign(tokens=some.tokens*some.batch.where(some.op != 'ffn', 1)).pivot_table('dense_ratio', ['device', 'op', 'shape', 'backend'], 'tokens', aggfunc='last', sort=False)
 
-# %% ../nbs/16_results.ipynb #89cb8ee0
+# %% ../nbs/16_results.ipynb #05bebbc6
 _SCORES = dict(spearman='Spearman', matthews='Matthews', accuracy='accuracy')
 
 def _percent(share): return f'{100*share:.0f} %'
@@ -139,7 +139,7 @@ def _untrained(runs): return [] if runs.empty else ['**Without any training** (S
 def _decoders(runs):
     if runs.empty: return []
     table, res = perplexities(runs), []
-    for model, g in table[~table.method.str.startswith('dense')].groupby('model', sort=False):
+    for model, g in table[(table.steps > 0) & ~table.method.str.startswith('dense')].groupby('model', sort=False):
         ours = g[g.method == 'economy'].set_index('budget').loss
         best = g.sort_values('loss').drop_duplicates('budget').sort_values('budget', ascending=False)
         res.append(f'**WikiText-103, {model}.** ' + '; '.join(f'with {_percent(1 - r.params)} fewer parameters word perplexity rises by ' + (f'{_percent(ours[r.budget])} (economy), ' if r.budget in ours else '')
