@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['hf_collate', 'HFCallback', 'EconomyCallback', 'plot_history', 'distillation_loss', 'hidden_loss', 'Answers', 'ask',
-           'Distill']
+           'Distill', 'process', 'Parallel']
 
 # %% ../nbs/06_callback.ipynb #7c16edb2
 from collections.abc import Iterable, Mapping
@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import ValueMetric
+from fastai.torch_core import apply
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
@@ -71,6 +73,7 @@ class EconomyCallback(Callback):
 
     def before_fit(self):
         if self.economy is None: self.economy = Economy(_hf_model(self.model), **self.kwargs)
+        if getattr(self.learn, 'parallel', None) and self.economy.bids.ndim > 1: raise ValueError(f'a {type(self.economy).__name__}, whose agents open for each sequence, is trained by one process: its price depends on whole batches')
         self.economy.log_values.data = self.economy.log_values.to(next(self.model.parameters()).device)
         self.bidder = torch.optim.Adam(self.economy.parameters(), self.bid_lr)
         if getattr(self.market, 'learned', False):
@@ -93,6 +96,7 @@ class EconomyCallback(Callback):
         self._loss = self.learn.loss_grad = self.market.charge(self.learn.loss_grad, self.economy)
 
     def after_backward(self):
+        if parallel := getattr(self.learn, 'parallel', None): parallel.whole([p.grad for p in (self.economy.shares, *self.economy.parameters()) if p.grad is not None])
         scale = self.learn.loss_grad.detach()/self._loss.detach() if self._loss else 1.  # of mixed precision; 1 without
         if not self.economy.shares.grad.isfinite().all(): pass  # an overflow of mixed precision, which skips the weights' step as well
         elif self._measuring:
@@ -139,12 +143,17 @@ def distillation_loss(
 def hidden_loss(
     states:torch.Tensor, # Of the student after each layer, `(batch, tokens, layers, width)`
     target:torch.Tensor, # Of the teacher, the same shape
-    mask:torch.Tensor # `(batch, tokens)`: 1 for tokens, 0 for padding
+    mask:torch.Tensor, # `(batch, tokens)`: 1 for tokens, 0 for padding
+    parallel:Callback|None=None # A `Parallel`, if others have more rows of the batch
     )->torch.Tensor: # A scalar; 1 for a student that gives 0 everywhere
     "How far a student's residual stream is from its teacher's: squared difference relative to the teacher's energy, the mean over layers"
     if states.shape != target.shape: raise ValueError(f'student has hidden states {tuple(states.shape)}, teacher {tuple(target.shape)}')
     def energy(x): return (x.square().sum(-1)*mask.unsqueeze(-1)).sum((0, 1)) # (layers,)
-    return (energy(states - target)/energy(target)).mean()
+    scale = energy(target)
+    if parallel:
+        parallel.whole([scale := scale/len(target)])
+        scale = scale*len(target)
+    return (energy(states - target)/scale).mean()
 
 # %% ../nbs/06_callback.ipynb #4234120d
 def _look(model, inputs, hidden): # Logits, and hidden states after each layer `(batch, tokens, layers, width)`
@@ -171,8 +180,10 @@ class Answers:
         "The answers to a batch"
         if 'idx' not in inputs: raise ValueError('answers are looked up by the number of a sample: the batch has no `idx`')
         if hidden and self.hidden is None: raise ValueError('the teacher was not asked for hidden states: `ask(..., hidden=True)`')
-        idx, device = inputs['idx'].cpu(), inputs['idx'].device
-        states = pad_sequence([self.hidden[i] for i in idx.tolist()], True).to(device).float() if hidden else None
+        idx, device, states = inputs['idx'].cpu(), inputs['idx'].device, None
+        if hidden:
+            states = pad_sequence([self.hidden[i] for i in idx.tolist()], True)
+            states = F.pad(states, (0, 0, 0, 0, 0, inputs['input_ids'].shape[1] - states.shape[1])).to(device).float()  # a part of a batch may be padded further than its longest sequence
         return self.logits[idx].to(device), states
 
 def ask(
@@ -220,5 +231,32 @@ class Distill(Callback):
         x = self.xb[0]
         logits, states = self.teacher.of(x, self.hidden > 0) if isinstance(self.teacher, Answers) else _look(self.teacher.eval(), x, self.hidden > 0)
         loss = (1 - self.share)*self.learn.loss_grad + self.share*distillation_loss(self.pred, logits.to(self.pred.device), self.temperature)
-        if self.hidden: loss = loss + self.hidden*hidden_loss(self._states, states, _mask(x))
+        if self.hidden: loss = loss + self.hidden*hidden_loss(self._states, states, _mask(x), getattr(self.learn, 'parallel', None))
         self.learn.loss_grad = loss
+
+# %% ../nbs/06_callback.ipynb #db5a6f25
+def process()->tuple[int,int]: # The number of this process, and how many there are
+    "Who trains together, by `torch.distributed`; (0, 1) is alone"
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+class Parallel(Callback):
+    "Trains on this process's part of every batch and steps as one process would; raises `ValueError` if models differ in shape"
+    order, run_valid = MixedPrecision.order - 1, False
+    def before_fit(self):
+        state, shapes = self.model.state_dict(), [None]*process()[1]
+        dist.all_gather_object(shapes, [tuple(t.shape) for t in state.values()])
+        if any(s != shapes[0] for s in shapes): raise ValueError('the processes have models of different shapes: they must find the same agents before they train together')
+        for t in state.values(): dist.broadcast(t, 0)
+
+    def before_batch(self):
+        (rank, n), rows = process(), len(self.yb[0])
+        self.share = len(range(rank, rows, n))/rows
+        mine = slice(rank, None, n) if self.share else slice(1)  # a process without rows computes one in vain
+        self.learn.xb, self.learn.yb = apply(lambda t: t[mine], (self.xb, self.yb))
+
+    def whole(self, tensors): # Makes means over own rows means over the whole batch, in place
+        flat = torch.cat([t.flatten() for t in tensors])*self.share
+        dist.all_reduce(flat)
+        for t, f in zip(tensors, flat.split([t.numel() for t in tensors])): t.copy_(f.view_as(t))
+
+    def after_backward(self): self.whole([p.grad for p in self.model.parameters() if p.grad is not None])
