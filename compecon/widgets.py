@@ -49,7 +49,7 @@ def price_stops(
     wanted = np.linspace(0, len(values), n)
     return [between[i] for i in sorted({min(between, key=lambda i: abs(i - w)) for w in wanted})]
 
-# %% ../nbs/15_widgets.ipynb #06f8ee21
+# %% ../nbs/15_widgets.ipynb #e48c4dc4
 def at_spend(
     runs:pd.DataFrame, # From read_runs: one model, one task, one method, and 'dense' if you like; several seeds are averaged
     spend:float # Share of the dense model's FLOPs
@@ -58,10 +58,12 @@ def at_spend(
     if runs.empty: raise ValueError('no runs to read from')
     if len(runs[['model', 'task']].drop_duplicates()) > 1 or len({*runs.method} - {'dense'}) > 1:
         raise ValueError(f"runs of several models, tasks or methods ({', '.join(sorted({*runs.method}))}): choose one of each, and 'dense'")
-    points = summarize(runs).sort_values('achieved')
-    low, high = points.achieved.min(), points.achieved.max()
-    if low - 0.005 < spend < high + 0.005: spend = min(max(spend, low), high)  # budgets are kept this closely
-    return {k: float(np.interp(spend, points.achieved, points[k], left=math.nan, right=math.nan)) for k in ('score', 'latency_ratio')}
+    points, found = summarize(runs).sort_values('achieved'), {}
+    for k in ('score', 'latency_ratio'):
+        known = points.dropna(subset=k)
+        low, high = known.achieved.min(), known.achieved.max()
+        found[k] = float(np.interp(spend, known.achieved, known[k])) if low - 0.005 < spend < high + 0.005 else math.nan  # budgets are kept this closely
+    return found
 
 def price_table(
     economy:Economy, # With valuations
@@ -75,10 +77,10 @@ def price_table(
         return dict(price=price, spend=spend, flops=round(spend*economy.prices.total), **counts, **({} if runs is None else at_spend(runs, spend)))
     return pd.DataFrame([row(p) for p in prices])
 
-# %% ../nbs/15_widgets.ipynb #71423c33
+# %% ../nbs/15_widgets.ipynb #e26dd44e
 _COLORS = {'head': '#1f77b4', 'block': '#ff7f0e'}
 
-def _text(x, y, text, anchor='start', size=11): return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="#333">{html.escape(str(text))}</text>'
+def _text(x, y, text, anchor='start', size=12): return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="#333">{html.escape(str(text))}</text>'
 
 def _cells(rows, kind, x, y, width, height): # A square for each agent; rows of '#' and '.'
     w, h = min(22, width/max(map(len, rows))), min(22, height/len(rows))
@@ -89,7 +91,7 @@ def _map(who, x, y, width, height): # Heads on the left, blocks on the right, a 
     parts = []
     for kind, share in (('head', 0.38), ('block', 0.62)):
         rows = who[who.kind == kind]
-        parts.append(_text(x, y - 8, f'{kind}s: {rows.open.sum()} of {rows.agents.str.len().sum()}', size=12))
+        parts.append(_text(x, y - 8, f'{kind}s: {rows.open.sum()} of {rows.agents.str.len().sum()}'))
         if len(rows):
             step = min(22, height/len(rows))
             parts += [_text(x + 20, y + (i + 0.68)*step, layer.replace('encoder', 'e').replace('decoder', 'd'), 'end', min(11, step)) for i,layer in enumerate(rows.layer)]
@@ -97,8 +99,10 @@ def _map(who, x, y, width, height): # Heads on the left, blocks on the right, a 
         x += width*share
     return ''.join(parts)
 
-# %% ../nbs/15_widgets.ipynb #37e4b608
+# %% ../nbs/15_widgets.ipynb #1b03a7c2
 def _curve(points, here, name, x, y, width, height): # Values against spend, from (spend, value); the one that is shown as a dot
+    points = [p for p in points if not math.isnan(p[1])]
+    if not points: return _text(x + 4, y - 5, f'{name}: not measured')
     values = [v for _,v in points]
     low, high = min(values), max(values)
     low, high = low - 0.08*(high - low) - 1e-3, high + 0.08*(high - low) + 1e-3
@@ -106,17 +110,17 @@ def _curve(points, here, name, x, y, width, height): # Values against spend, fro
     line = ' '.join('{:.1f},{:.1f}'.format(*at(*p)) for p in points)
     parts = [f'<rect x="{x}" y="{y}" width="{width}" height="{height}" fill="none" stroke="#bbb"/><polyline points="{line}" fill="none" stroke="#888"/>',
              *('<circle cx="{:.1f}" cy="{:.1f}" r="2.5" fill="#888"/>'.format(*at(*p)) for p in points),
-             _text(x + 4, y - 5, name), *(_text(x - 4, at(0, v)[1] + 4, f'{v:.2f}', 'end', 10) for v in {min(values), max(values)})]
+             _text(x + 4, y - 5, name), *(_text(x - 4, at(0, v)[1] + 4, f'{v:.3g}', 'end', 11) for v in {min(values), max(values)})]
     parts.append('<path d="M{0:.1f} {1}v{2}" stroke="#d62728" stroke-dasharray="3 3"/>'.format(at(here[0], 0)[0], y, height))
     if not math.isnan(here[1]): parts.append('<circle class="here" cx="{:.1f}" cy="{:.1f}" r="5" fill="#d62728"/>'.format(*at(*here)))
     return ''.join(parts)
 
-def _say(row, metric=''): # A price in words
-    parts = [f'price {row.price:.3g}', f'FLOPs {row.spend:.3f} of dense ({row.flops/1e6:.3g} M a sequence)']
+def _say(row, metric=''): # What a price means, in words
+    parts = [f'FLOPs {row.spend:.3f} of dense ({row.flops/1e6:.3g} M a sequence)']
     if 'score' in row: parts += [f'{k} {"not measured" if math.isnan(v) else f"{v:.3f}{of}"}' for k,v,of in ((metric, row.score, ''), ('latency', row.latency_ratio, ' of dense'))]
     return ' · '.join(parts)
 
-# %% ../nbs/15_widgets.ipynb #da2f2a95
+# %% ../nbs/15_widgets.ipynb #5037fcbb
 def price_html(
     economy:Economy, # With valuations
     price:float, # Loss per whole model of compute
@@ -125,14 +129,14 @@ def price_html(
     "Who is open at a price, and what the records say about it"
     who, row = who_is_open(economy, price), price_table(economy, [price], runs).iloc[0]
     height = min(300, max(150, 22*max(who.groupby('kind').size())))
-    parts, metric = [_map(who, 4, 30, 440 if runs is not None else 720, height)], ''
+    parts, metric = [_map(who, 4, 30, 640 if runs is None else 400, height)], ''
     if runs is not None:
         points, metric = summarize(runs).sort_values('achieved'), runs.metric.iloc[0]
         for i,(key, name) in enumerate((('score', metric), ('latency_ratio', 'latency, share of dense'))):
-            parts.append(_curve(list(zip(points.achieved, points[key])), (row.spend, row[key]), name, 490, 30 + i*(height/2 + 4), 230, height/2 - 18))
-        parts += [_text(490, height + 30, '0', 'middle', 10), _text(605, height + 30, 'FLOPs, share of dense', 'middle'), _text(720, height + 30, '1', 'middle', 10)]
-    return (f'<div class="compecon-price"><div>{html.escape(_say(row, metric))}</div><svg viewBox="0 0 740 {height + 40}" width="740" style="max-width:100%;background:#fff;font-family:sans-serif" '
-            f'role="img" aria-label="{html.escape(_say(row, metric))}">{"".join(parts)}</svg></div>')
+            parts.append(_curve(list(zip(points.achieved, points[key])), (row.spend, row[key]), name, 430, 30 + i*(height/2 + 4), 200, height/2 - 18))
+        parts += [_text(430, height + 30, '0', 'middle'), _text(530, height + 30, 'FLOPs, share of dense', 'middle'), _text(630, height + 30, '1', 'middle')]
+    return (f'<div class="compecon-price"><div>{html.escape(_say(row, metric))}</div><svg viewBox="0 0 640 {height + 40}" width="640" style="max-width:100%;background:#fff;font-family:sans-serif" '
+            f'role="img" aria-label="who is open at price {price:.3g}">{"".join(parts)}</svg></div>')
 
 # %% ../nbs/15_widgets.ipynb #d3d75c21
 _MOVE = ("const r=this,b=r.parentElement;b.querySelectorAll('.compecon-frame').forEach((f,i)=>{f.style.display=i==r.value?'block':'none';"
@@ -186,7 +190,7 @@ def read_sentence(
     received = looking.mean((0, 1)) if len(looking) else torch.zeros(n)
     return Reading(tokenizer.convert_ids_to_tokens(x['input_ids'][0].tolist()), [m.cpu() for m in maps], [o.cpu() for o in opened], received.cpu(), _answer(model, tokenizer, logits))
 
-# %% ../nbs/15_widgets.ipynb #26797ec1
+# %% ../nbs/15_widgets.ipynb #a833cf5f
 def _picture(p): # Attention of one head, as the source of an image
     file = io.BytesIO()
     plt.imsave(file, p.float().numpy(), cmap='Blues', vmin=0, vmax=1, format='png')
@@ -204,16 +208,16 @@ def sentence_html(
     words = ' '.join(f'<span style="background:rgba(31,119,180,{0.75*s:.2f});padding:.15em .3em;border-radius:.2em" title="{r:.3f}">{html.escape(t)}</span>' for t,s,r in zip(reading.tokens, share.tolist(), reading.received.tolist()))
     said = ' · '.join(f'{k} {v:.3f}' for k,v in reading.answer.items())
     most = max((len(o) for o in reading.opened), default=1)
-    step = min(60, 440/most)
+    step = min(60, 380/most)
     parts = [f'<rect x="{30 + j*step:.1f}" y="{30 + i*step:.1f}" width="{step - 4:.1f}" height="{step - 4:.1f}" fill="#e3e7eb"/>' if not opened else
              f'<image class="head" x="{30 + j*step:.1f}" y="{30 + i*step:.1f}" width="{step - 4:.1f}" height="{step - 4:.1f}" preserveAspectRatio="none" style="image-rendering:pixelated;outline:1px solid {_COLORS["head"]}" href="{_picture(p)}"/>'
              for i,(maps, row) in enumerate(zip(reading.maps, reading.opened)) for j,(p, opened) in enumerate(zip(maps, row.tolist()))]
     parts += [_text(22, 30 + (i + 0.55)*step, i, 'end') for i in range(len(reading.maps))]
     blocks, height = who[who.kind == 'block'], max(60, len(reading.maps)*step)
-    parts += [_text(30, 20, f'heads: {sum(int(o.sum()) for o in reading.opened)} of {sum(map(len, reading.opened))}', size=12), _text(500, 20, f'blocks: {blocks.open.sum()} of {blocks.agents.str.len().sum()}', size=12)]
-    if len(blocks): parts.append(_cells(blocks.agents.tolist(), 'block', 500, 30, 230, height))
+    parts += [_text(30, 20, f'heads: {sum(int(o.sum()) for o in reading.opened)} of {sum(map(len, reading.opened))}'), _text(430, 20, f'blocks: {blocks.open.sum()} of {blocks.agents.str.len().sum()}')]
+    if len(blocks): parts.append(_cells(blocks.agents.tolist(), 'block', 430, 30, 200, height))
     return (f'<div class="compecon-sentence"><div style="line-height:2">{words}</div><div>{html.escape(said)}</div>'
-            f'<svg viewBox="0 0 740 {height + 34:.0f}" width="740" style="max-width:100%;background:#fff;font-family:sans-serif">{"".join(parts)}</svg></div>')
+            f'<svg viewBox="0 0 640 {height + 34:.0f}" width="640" style="max-width:100%;background:#fff;font-family:sans-serif">{"".join(parts)}</svg></div>')
 
 # %% ../nbs/15_widgets.ipynb #7fa81a3f
 def compare_methods(
@@ -277,7 +281,7 @@ def sentence_view(
     slider, box = slider or price_slider(economy), ipywidgets.Text(text, description='sentence', continuous_update=False, layout=ipywidgets.Layout(width='40rem'))
     return _live(lambda: sentence_html(economy, tokenizer, box.value, slider.value), [slider, box])
 
-# %% ../nbs/15_widgets.ipynb #71f4647e
+# %% ../nbs/15_widgets.ipynb #2dac5d82
 def compare_html(
     runs:pd.DataFrame, # As for compare_methods
     a:str, # A method
@@ -285,11 +289,12 @@ def compare_html(
     )->str: # HTML: the table, and the frontier of both as a picture
     "Two methods side by side"
     table, file = compare_methods(runs, a, b), io.BytesIO()
+    cells = pd.DataFrame({f'{r["budget"]:g}': {k: '' if math.isnan(v) else f'{v:.{0 if k == "seeds" else 1 if k.startswith("TFLOP") else 3}f}' for k,v in r.items() if k != 'budget'} for r in table.to_dict('records')}).rename_axis(columns='budget')
     with plt.ioff():
         ax = plot_frontier(runs[runs.method.isin([a, b, 'dense'])])
         ax.figure.savefig(file, format='png', dpi=80, bbox_inches='tight')
         plt.close(ax.figure)
-    return f'<div class="compecon-compare">{table.to_html(index=False, float_format="{:.3f}".format, na_rep="", border=0)}<img alt="{html.escape(a)} and {html.escape(b)}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"/></div>'
+    return f'<div class="compecon-compare">{cells.to_html(border=0)}<img alt="{html.escape(a)} and {html.escape(b)}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"/></div>'
 
 def compare_view(
     runs:pd.DataFrame # From read_runs; several models and tasks are welcome
