@@ -154,7 +154,7 @@ def slider_html(
     return (f'<div class="compecon-slider"><input type="range" min="0" max="{len(frames) - 1}" value="{start}" step="1" autocomplete="off" aria-label="stop" '
             f'style="width:20rem;max-width:60%;vertical-align:middle" oninput="{html.escape(_MOVE)}"/> <output>{html.escape(labels[start])}</output>{shown}</div>')
 
-# %% ../nbs/15_widgets.ipynb #51fd99f3
+# %% ../nbs/15_widgets.ipynb #c192c603
 @dataclass
 class Reading:
     "How a model reads a sentence at a price"
@@ -186,8 +186,8 @@ def read_sentence(
     demand = economy.demand(price)
     with economy.forcing(demand.float()), torch.no_grad(): maps, logits = [m[0] for m in attention_maps(model, x)], model(**x).logits.float()
     opened = [o for s,o in zip(economy.sites, economy.split(demand)) if s.kind == 'head' for _ in range(s.part.repeats(model.config) if s.part.repeats else 1)]
-    looking = torch.cat([m[o] for m,o in zip(maps, opened, strict=True)])
-    received = looking.mean((0, 1)) if len(looking) else torch.zeros(n)
+    looking = [p for m,o in zip(maps, opened, strict=True) for p in m[o]]
+    received = torch.stack(looking).mean((0, 1)) if looking else torch.zeros(n)
     return Reading(tokenizer.convert_ids_to_tokens(x['input_ids'][0].tolist()), [m.cpu() for m in maps], [o.cpu() for o in opened], received.cpu(), _answer(model, tokenizer, logits))
 
 # %% ../nbs/15_widgets.ipynb #a833cf5f
