@@ -58,16 +58,17 @@ def _numbers(text):
     except ValueError: raise ValueError(f'budgets={text!r}: numbers in (0, 1], separated by commas, as in 0.6,0.4') from None
 
 def _stop(error):
-    typer.echo(f'compecon: {error}', err=True)
+    if error: typer.echo(f'compecon: {error}', err=True)
     raise typer.Exit(2)
 
+# %% ../nbs/17_cli.ipynb #484a4326
 @app.callback()
 def _main(): pass
 
 @app.command()
 def frontier(
     model:Annotated[str, typer.Option(help="'minilm' (packaged, needs no hub), a folder, or a model on the Hugging Face hub.")]='minilm',
-    task:Annotated[str, typer.Option(help="'agreement' (built in), 'cola', 'stsb' or 'mnli'.")]='agreement',
+    task:Annotated[str, typer.Option(help="'agreement' (built in), or one of GLUE: cola, stsb, mnli, sst2, mrpc, qqp, qnli, rte, wnli.")]='agreement',
     data:Annotated[Optional[str], typer.Option(help='Folder with glue/<task>/<split>.jsonl (or .csv). Without it, the hub.')]=None,
     budgets:Annotated[str, typer.Option(help="Shares of the dense model's FLOPs, in (0, 1], separated by commas.")]='0.4,0.2',
     methods:Annotated[str, typer.Option(help='Separated by commas. economy; markets: measured, cleared, lottery, cofi, ddp; one checkpoint for all budgets: economy-any-price; after training: taylor, fisher, kwon, repair, kprune, activation, magnitude, random.')]='repair,fisher',
@@ -77,6 +78,7 @@ def frontier(
     lr:Annotated[Optional[float], typer.Option(help='Peak learning rate of the dense fine-tune. Default: 1e-4 for agreement, 5e-5 for GLUE.')]=None,
     recover_lr:Annotated[Optional[float], typer.Option(help='Peak learning rate after it. Default: 3e-4.')]=None,
     bs:Annotated[Optional[int], typer.Option(help='Batch size. Default: 16 for agreement, 32 for GLUE.')]=None,
+    samples:Annotated[Optional[int], typer.Option(help='Only the first of the training data.')]=None,
     out:Annotated[str, typer.Option(help='Folder for records, table, plot and models. Run again, it goes on where it was.')]='frontier',
     ):
     """Fine-tune a model, shrink it to each budget by each method, and show quality against compute.
@@ -84,31 +86,35 @@ def frontier(
     Writes OUT/runs.jsonl (a record a run), table.md, table.csv, frontier.png, and the settled models.
     """
     _quiet()
+    from compecon.callback import process
     from compecon.experiment import Plan, run_plan
+    first = process()[0] == 0  # of several, it alone speaks and writes
     try:
         plan = Plan(model=model, task=task, data=data, budgets=_numbers(budgets), seeds=seeds, epochs=epochs, dense_epochs=dense_epochs,
-                    methods=tuple(m.strip() for m in methods.split(',')), lr=lr, recover_lr=recover_lr, bs=bs)
-        typer.echo(f'{model} on {task}: {plan.dense_epochs} epochs dense, then {plan.epochs} at each of the budgets {budgets} by {methods}, {seeds} seed(s). Results go to {out}/')
-        table = write_report(run_plan(plan, out), out)
-    except ValueError as e: _stop(e)
-    typer.echo(f'\n{table.to_markdown(index=False)}\n\nbudget and achieved: FLOPs of the whole model, as a share of dense; latency: time relative to dense; points: hundredths of the metric.'
+                    methods=tuple(m.strip() for m in methods.split(',')), lr=lr, recover_lr=recover_lr, bs=bs, samples=samples)
+        if first: typer.echo(f'{model} on {task}: {plan.dense_epochs} epochs dense, then {plan.epochs} at each of the budgets {budgets} by {methods}, {seeds} seed(s). Results go to {out}/')
+        runs = run_plan(plan, out)
+        table = write_report(runs, out) if first else None
+    except ValueError as e: _stop(e if first else '')
+    if first: typer.echo(f'\n{table.to_markdown(index=False)}\n\nbudget and achieved: FLOPs of the whole model, as a share of dense; latency: time relative to dense; points: hundredths of the metric.'
                f'\nTable, plot and models are in {out}/')
 
 # %% ../nbs/17_cli.ipynb #efb487be
 @app.command()
 def evaluate(
     folder:Annotated[str, typer.Argument(help='A settled model, as `compecon frontier` saves it.')],
-    task:Annotated[str, typer.Option(help="'agreement', 'cola', 'stsb' or 'mnli'.")]='agreement',
+    task:Annotated[str, typer.Option(help="'agreement', or one of GLUE.")]='agreement',
     data:Annotated[Optional[str], typer.Option(help='Folder with glue/<task>/<split>.jsonl (or .csv). Without it, the hub.')]=None,
     ):
     "Load a settled model and score it on a task."
     _quiet()
-    from compecon.experiment import TASKS, evaluate as score_model, load_task
+    from compecon.experiment import TASKS, evaluate_all, load_task
     from compecon.glue import tokenize
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     try:
-        model, rows = AutoModelForSequenceClassification.from_pretrained(folder).eval(), load_task(task, data)['validation']
-        scores = score_model(model, TASKS[task], tokenize(TASKS[task], rows, AutoTokenizer.from_pretrained(folder)))
+        model, rows = AutoModelForSequenceClassification.from_pretrained(folder).eval(), load_task(task, data)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        scores = evaluate_all(model, TASKS[task], {k: tokenize(TASKS[task], v, tokenizer) for k,v in rows.items() if k != 'train'})
     except (ValueError, OSError) as e: _stop(e)
     for name, value in scores.items(): typer.echo(f'{name}: {value:.6f}')
 

@@ -1,0 +1,24 @@
+"""The frontier of any model on any task of GLUE, by one process or by several.
+
+Run:  python experiments/glue.py --data ../shared/data [--task cola] [--model minilm] [--budgets 0.4,0.2] [--methods repair,fisher] [--out results/glue]
+or:   accelerate launch [--cpu] --num_processes 2 experiments/glue.py --data ../shared/data ...
+
+Options are those of `compecon frontier`; a model is the packaged MiniLM, a folder, or a name on the hub (as google-bert/bert-base-uncased), and without --data
+the task comes from the hub, too. Several processes share out the batches of every training run and make the same steps as one; what is appraised, each
+finds for itself, and process 0 keeps records and models, in a folder that all must see. Every run is a line of OUT/runs.jsonl as soon as it ends; started again, by as many
+processes as you like, it goes on where it was. A try of the script itself: --samples 256 --out FOLDER.
+"""
+import sys
+
+from accelerate import PartialState
+
+from compecon.cli import app
+
+
+def main():
+    state = PartialState()  # joins the processes that `accelerate launch` started
+    try: app(['frontier', *sys.argv[1:]], default_map=dict(frontier=dict(task='cola', out='results/glue')))
+    finally: state.destroy_process_group()
+
+
+if __name__ == '__main__': main()
