@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MINILM', 'TASKS', 'ECONOMY', 'ENTRANTS', 'MARKETS', 'FAMILY', 'METHODS', 'FIRMS', 'DEFAULTS', 'MEMORY',
-           'model_source', 'load_dense', 'finetune', 'predict', 'evaluate', 'load_task', 'Plan', 'Bench', 'compete',
-           'choose', 'market_epochs', 'train_family', 'train_run', 'measure', 'RunLog', 'run_plan']
+           'model_source', 'load_dense', 'finetune', 'predict', 'evaluate', 'evaluate_all', 'load_task', 'Plan',
+           'Bench', 'compete', 'choose', 'market_epochs', 'train_family', 'train_run', 'measure', 'RunLog', 'run_plan']
 
 # %% ../nbs/13b_experiment.ipynb #c140e7ce
 import copy
@@ -21,18 +21,19 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+import torch.distributed as dist
 from fastai.callback.core import Callback, CancelValidException
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import default_device, set_seed
+from fastai.torch_core import default_device, num_distrib, set_seed
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from .agents import FAMILIES, find_agents
 from .agreement import AGREEMENT, load_agreement
-from .callback import Answers, Distill, EconomyCallback, HFCallback, ask, distillation_loss
+from .callback import Answers, Distill, EconomyCallback, HFCallback, Parallel, ask, distillation_loss, process
 from .clock import now, provenance
 from .cost import check_budget, price_list
 from .economy import Economy
@@ -106,7 +107,9 @@ def finetune(
         for m, k, _ in rates: setattr(m, k, 0.)
     dl = length_sorted(samples, bs, shuffle=True, pad_id=model.config.pad_token_id or 0)
     model.to(default_device())
-    learn = Learner(DataLoaders(dl, dl, device=default_device()), model, loss_of(task), wd=0.01, cbs=[HFCallback(), _Quiet(bar, weight), *cbs],
+    rank, n = process()
+    if dropout and rank: torch.manual_seed(seed + 1_000_003*rank)  # other rows are dropped out otherwise
+    learn = Learner(DataLoaders(dl, dl, device=default_device()), model, loss_of(task), wd=0.01, cbs=[HFCallback(), _Quiet(bar, weight), *(Parallel() for _ in range(n > 1)), *cbs],
                     opt_func=partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True)))
     start = time.perf_counter()
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr)
@@ -131,10 +134,19 @@ def predict(
 def evaluate(
     model:nn.Module, # A Hugging Face model
     task:Task, # Whose metrics
-    samples:list[tuple[dict,object]] # From tokenize
+    samples:list[tuple[dict,object]], # From tokenize
+    split:str='validation' # Where they are from, 'validation' or one of `task.more`
     )->dict[str,float]: # Every metric; the first is the score
     "Score a model on a task"
-    return score(task, predict(model, samples), torch.tensor([y for _,y in samples]))
+    return score(task, predict(model, samples), torch.tensor([y for _,y in samples]), split)
+
+def evaluate_all(
+    model:nn.Module, # A Hugging Face model
+    task:Task, # Whose metrics
+    samples:dict[str,list[tuple[dict,object]]] # By split
+    )->dict[str,float]: # Every metric of 'validation', and of those of `task.more` that are there
+    "Score a model on all splits that a task is judged by"
+    return {k: v for s in ('validation', *task.more) if s == 'validation' or s in samples for k,v in evaluate(model, task, samples[s], s).items()}
 
 # %% ../nbs/13b_experiment.ipynb #c89d4c83
 TASKS = {'agreement': AGREEMENT, **GLUE}
@@ -182,6 +194,7 @@ class Plan:
     dropout: bool=False     # After the dense fine-tune
     block: int=32           # Neurons per agent
     smallest: float=0.05    # Smallest budget that the one checkpoint for all budgets is trained for
+    samples: int|None=None  # Only the first of the training data; all if `None`
 
     def __post_init__(self):
         if self.task not in TASKS: raise ValueError(f'unknown task {self.task!r}: there are {", ".join(TASKS)}')
@@ -194,12 +207,12 @@ class Plan:
         for k, v in DEFAULTS[self.task].items():
             if getattr(self, k) is None: object.__setattr__(self, k, v)
         if self.epochs < 0 or self.epochs == 0 and not set(self.methods) <= set(POSTHOC): raise ValueError(f'epochs={self.epochs}: without training there are only {", ".join(POSTHOC)}')
-        for k in ('seeds', 'dense_epochs', 'bs', 'lr', 'recover_lr'):
+        for k in ('seeds', 'dense_epochs', 'bs', 'lr', 'recover_lr', *(['samples'] if self.samples is not None else [])):
             if not getattr(self, k) > 0: raise ValueError(f'{k}={getattr(self, k)} must be above 0')
 
     def same(self, method=''): # What two runs of a method must share to be the same run
-        shared = ('model', 'task', 'data', 'dense_epochs', 'lr', 'bs') if method == 'dense' else [k for k in asdict(self) if k not in ('budgets', 'seeds', 'first', 'methods')]
-        return {k: v for k,v in asdict(self).items() if k in shared}
+        shared = ('model', 'task', 'data', 'dense_epochs', 'lr', 'bs', 'samples') if method == 'dense' else [k for k in asdict(self) if k not in ('budgets', 'seeds', 'first', 'methods')]
+        return {k: v for k,v in asdict(self).items() if k in shared and not (k == 'samples' and v is None)}
 
 # %% ../nbs/13b_experiment.ipynb #a371f351
 @dataclass
@@ -333,7 +346,7 @@ def measure(
     batch:int=8 # Sequences at once
     )->dict: # `achieved`, score, `metrics`, `params`, and latency against dense with quartiles
     "Audit, time and score a settled model"
-    metrics = evaluate(model, bench.task, bench.samples['validation'])
+    metrics = evaluate_all(model, bench.task, bench.samples)
     ids = torch.ones(batch, bench.tokens, dtype=torch.long, device=next(model.parameters()).device)
     with torch.no_grad(): timing = latency({'dense': lambda: bench.dense(ids), 'settled': lambda: model(ids)})
     ratio = timing.loc['settled']
@@ -365,25 +378,38 @@ class RunLog:
         task, epochs = bench.task, self.plan.dense_epochs if method == 'dense' else self.plan.epochs
         return append_run(dict(model=self.plan.model, task=task.name, split=task.validation, method=method, seed=bench.seed, unit='flops', budget=budget,
             **found, metric=next(iter(task.metrics)), dense=bench.score, epochs=epochs, train_seconds=seconds, train_flops=float(flops),
-            tokens=bench.tokens, plan=self.plan.same(method), **{**self.provenance, 'when': now()}), self.file)
+            tokens=bench.tokens, plan=self.plan.same(method), **(dict(processes=n) if (n := process()[1]) > 1 else {}), **{**self.provenance, 'when': now()}), self.file)
 
 # %% ../nbs/13b_experiment.ipynb #cac01bc2
 MEMORY = 8e9 # Bytes that a teacher's hidden states may take; beyond, it is asked again for each batch
+
+def _once(f): # Process 0 calls it while the others wait; what it gave or raised is for all
+    if process()[1] == 1: return f()
+    found = [None, None]
+    if process()[0] == 0:
+        try: found[0] = f()
+        except Exception as e: found[1] = e
+    dist.broadcast_object_list(found)
+    if found[1] is not None: raise found[1]
+    return found[0]
 
 def _folder(models, plan, method): return models/f'{plan.task}-{method}-{hashlib.sha1(json.dumps(plan.same(method)).encode()).hexdigest()[:6]}'
 
 def _prepare(bench, log, models, bar):
     "Give a bench its dense model: from disk, or by fine-tuning"
     plan, folder = bench.plan, _folder(models, bench.plan, 'dense')/f'seed{bench.seed}'
-    found = log.find('dense', bench.seed, 1.)
-    if found is None or not (folder/'config.json').is_file():
+    found = _once(lambda: log.find('dense', bench.seed, 1.) if (folder/'config.json').is_file() else None)
+    if found is None:
         set_seed(bench.seed)
         bench.dense, _ = load_dense(plan.model, bench.task)
         seconds = finetune(bench.dense, bench.task, bench.samples['train'], plan.dense_epochs, plan.lr, plan.bs, bench.seed, bar=bar)
-        save(bench.dense, folder, bench.tokenizer)
-        found = measure(bench.dense, bench)
-        bench.score = found['score']
-        if log.find('dense', bench.seed, 1.) is None: log.add(bench, 'dense', 1., found, seconds, 3*bench.flops(bench.dense)*plan.dense_epochs*len(bench.samples['train']))
+        def keep():
+            save(bench.dense, folder, bench.tokenizer)
+            found = measure(bench.dense, bench)
+            bench.score = found['score']
+            if log.find('dense', bench.seed, 1.) is None: log.add(bench, 'dense', 1., found, seconds, 3*bench.flops(bench.dense)*plan.dense_epochs*len(bench.samples['train']))
+            return found
+        found = _once(keep)
     bench.dense = AutoModelForSequenceClassification.from_pretrained(folder).to(default_device()).eval()
     config, tokens = bench.dense.config, sum(len(x['input_ids']) for x,_ in bench.samples['train'])
     fits = not plan.hidden or 2*tokens*config.num_hidden_layers*config.hidden_size < MEMORY
@@ -398,11 +424,15 @@ def run_plan(
     file:str='runs.jsonl', # Name of the records
     keep:bool=True # Save the settled models, too? Dense ones always are
     )->pd.DataFrame: # The plan's runs, those of earlier calls included
-    "Do all runs of a plan that are not done yet"
+    "Do all runs of a plan that are not done yet, on all processes that `torch.distributed` has joined; raises `ValueError` if some were started and not joined"
+    if num_distrib() > 1 and process()[1] == 1: raise ValueError(f'{num_distrib()} processes were started and not joined: each would do everything. `accelerate.PartialState()` joins them, as in experiments/glue.py')
     out, task, log = Path(out), TASKS[plan.task], RunLog(Path(out)/file, plan)
     data = load_task(plan.task, plan.data)
     model, tokenizer = load_dense(plan.model, task)
-    samples = {k: tokenize(task, rows, tokenizer) for k,rows in data.items()}
+    def read(): return {k: tokenize(task, rows, tokenizer) for k,rows in data.items()}
+    _once(lambda: process()[1] > 1 and len(read()))  # the others find its tokens on disk
+    samples = read()
+    samples['train'] = samples['train'][:plan.samples]
     tokens = 8*math.ceil(sum(len(x['input_ids']) for x,_ in samples['train'])/len(samples['train'])/8)
     floor = price_list(model, find_agents(model, plan.block), tokens).fixed  # what cannot be gated or paid fails here, before anything is trained
     for b in (*plan.budgets, *([plan.smallest] if FAMILY in plan.methods else [])): check_budget(b, floor)
@@ -412,8 +442,8 @@ def run_plan(
         if m == FAMILY: return steps*plan.epochs/len(plan.budgets)
         return steps*(b*(plan.epochs + 2*(m == ECONOMY)) + (1-b)*market*(m in MARKETS))
     runs = [(s, m, b) for s in range(plan.first, plan.first + plan.seeds) for m,b in [('dense', 1.)] + [(m, b) for b in plan.budgets for m in plan.methods]]
-    todo = [(s, m, b) for s,m,b in runs if log.find(m, s, b) is None]
-    with tqdm(total=round(sum(cost(m, b) for _,m,b in todo)), disable=not progress, bar_format='{desc} {percentage:3.0f}%|{bar:30}| {elapsed}, {remaining} left') as bar:
+    todo = _once(lambda: [(s, m, b) for s,m,b in runs if log.find(m, s, b) is None])
+    with tqdm(total=round(sum(cost(m, b) for _,m,b in todo)), disable=not progress or process()[0] > 0, bar_format='{desc} {percentage:3.0f}%|{bar:30}| {elapsed}, {remaining} left') as bar:
         for seed in sorted({s for s,*_ in todo}):
             bench = Bench(plan, seed, task, samples, tokenizer, tokens)
             bar.set_description(f'seed {seed}: dense')
@@ -421,7 +451,9 @@ def run_plan(
             for _, method, budget in (t for t in todo if t[0] == seed and t[1] != 'dense'):
                 bar.set_description(f'seed {seed}: {method} at {budget}')
                 small, seconds, flops = train_run(bench, method, budget, bar)
-                if keep: save(small, _folder(out/'models', plan, method)/f'{budget}-seed{seed}', tokenizer)
-                log.add(bench, method, budget, measure(small, bench), seconds, flops)
+                def record():
+                    if keep: save(small, _folder(out/'models', plan, method)/f'{budget}-seed{seed}', tokenizer)
+                    log.add(bench, method, budget, measure(small, bench), seconds, flops)
+                _once(record)
     done = log.runs()
     return done[[(r.seed, r.method, r.budget) in runs for r in done.itertuples()]]
