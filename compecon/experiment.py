@@ -425,7 +425,7 @@ def run_plan(
     keep:bool=True # Save the settled models, too? Dense ones always are
     )->pd.DataFrame: # The plan's runs, those of earlier calls included
     "Do all runs of a plan that are not done yet, on all processes that `torch.distributed` has joined; raises `ValueError` if some were started and not joined"
-    if num_distrib() > 1 and process()[1] == 1: raise ValueError(f'{num_distrib()} processes were started and not joined: each would do everything. `accelerate.PartialState()` joins them, as in experiments/glue.py')
+    if num_distrib() > 1 and process()[1] == 1: raise ValueError(f'{num_distrib()} processes were started and not joined: each would do everything. join them by `torch.distributed`, as experiments/glue.py does')
     out, task, log = Path(out), TASKS[plan.task], RunLog(Path(out)/file, plan)
     data = load_task(plan.task, plan.data)
     model, tokenizer = load_dense(plan.model, task)

@@ -1,22 +1,36 @@
 """The frontier of any model on any task of GLUE, by one process or by several.
 
 Run:  python experiments/glue.py --data ../shared/data [--task cola] [--model minilm] [--budgets 0.4,0.2] [--methods repair,fisher] [--out results/glue]
-or:   accelerate launch [--cpu] --num_processes 2 experiments/glue.py --data ../shared/data ...
+or:   accelerate launch --multi_gpu --num_processes 2 experiments/glue.py --data ../shared/data ...
 
+The second command starts two processes where there is no GPU, too (accelerate 1.15 starts just one for `--cpu` without MPI); so does `torchrun --nproc_per_node 2`.
 Options are those of `compecon frontier`; a model is the packaged MiniLM, a folder, or a name on the hub (as google-bert/bert-base-uncased), and without --data
 the task comes from the hub, too. Several processes share out the batches of every training run and make the same steps as one; what is appraised, each
-finds for itself, and process 0 keeps records and models, in a folder that all must see. Every run is a line of OUT/runs.jsonl as soon as it ends; started again, by as many
-processes as you like, it goes on where it was. A try of the script itself: --samples 256 --out FOLDER.
+finds for itself, and process 0 keeps records and models, in a folder that all must see. Every run is a line of OUT/runs.jsonl as soon as it ends; started again, by as
+many processes as you like, it goes on where it was. A try of the script itself: --samples 256 --out FOLDER.
 """
+import os
 import sys
 
+import torch
 from accelerate import PartialState
+from fastai.torch_core import default_device
 
 from compecon.cli import app
 
 
+def join():
+    "Join the processes that a launcher started, by gloo on CPUs"
+    asked = os.environ.get('ACCELERATE_USE_CPU', '').lower() == 'true'
+    if asked: default_device(False)
+    state = PartialState(cpu=asked or not torch.cuda.is_available())
+    if asked and 'MASTER_PORT' in os.environ and state.num_processes == 1:
+        sys.exit('glue.py: `accelerate launch --cpu` has started one process of several. Without MPI, say --multi_gpu in place of --cpu, also where there is no GPU')
+    return state
+
+
 def main():
-    state = PartialState()  # joins the processes that `accelerate launch` started
+    state = join()
     try: app(['frontier', *sys.argv[1:]], default_map=dict(frontier=dict(task='cola', out='results/glue')))
     finally: state.destroy_process_group()
 
