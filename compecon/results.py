@@ -6,18 +6,16 @@
 __all__ = ['BOOK', 'VERDICTS', 'SERVED', 'Source', 'contents', 'ablations', 'perplexities', 'fastest', 'products', 'headlines',
            'missing']
 
-# %% ../nbs/16_results.ipynb #bce4e999
-import json
+# %% ../nbs/16_results.ipynb #b449696a
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pandas as pd
 
 from . import faithfulness, rationality
-from .frontier import plot_frontier, read_runs, score_table, summarize
-from .scarcity import plot_scarcity, verdict
+from .frontier import read_runs, summarize
+from .scarcity import verdict
 
 # %% ../nbs/16_results.ipynb #e4df94c8
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def products(
     some = records[records.open.between(.58, .61)]
     return some.assign(tokens=some.tokens*some.batch.where(some.op != 'ffn', 1)).pivot_table('dense_ratio', ['device', 'op', 'shape', 'backend'], 'tokens', aggfunc='last', sort=False)
 
-# %% ../nbs/16_results.ipynb #05bebbc6
+# %% ../nbs/16_results.ipynb #a887ce5a
 _SCORES = dict(spearman='Spearman', matthews='Matthews', accuracy='accuracy')
 
 def _percent(share): return f'{100*share:.0f} %'
@@ -146,6 +144,7 @@ def _decoders(runs):
                    + f'{_percent(r.loss)} with the best method, {r.method} ({r.seeds} seed{"s"*(r.seeds > 1)})' for r in best.itertuples()) + '.')
     return res
 
+# %% ../nbs/16_results.ipynb #540fab89
 SERVED = {'settled and packed': 'settled, packed', 'with int8 weights': 'settled, packed:int8', 'in eager torch': 'settled', 'opened by a router for each sequence': 'packed, router'}
 
 def _times(kernels):
