@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 
 from .economy import Economy
@@ -290,10 +291,9 @@ def compare_html(
     "Two methods side by side"
     table, file = compare_methods(runs, a, b), io.BytesIO()
     cells = pd.DataFrame({f'{r["budget"]:g}': {k: '' if math.isnan(v) else f'{v:.{0 if k == "seeds" else 1 if k.startswith("TFLOP") else 3}f}' for k,v in r.items() if k != 'budget'} for r in table.to_dict('records')}).rename_axis(columns='budget')
-    with plt.ioff():
-        ax = plot_frontier(runs[runs.method.isin([a, b, 'dense'])])
-        ax.figure.savefig(file, format='png', dpi=80, bbox_inches='tight')
-        plt.close(ax.figure)
+    figure = Figure(figsize=(6.5, 4))  # apart from pyplot, which would show it
+    plot_frontier(runs[runs.method.isin([a, b, 'dense'])], figure.subplots())
+    figure.savefig(file, format='png', dpi=80, bbox_inches='tight')
     return f'<div class="compecon-compare">{cells.to_html(border=0)}<img alt="{html.escape(a)} and {html.escape(b)}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"/></div>'
 
 def compare_view(
