@@ -58,7 +58,7 @@ def _numbers(text):
     except ValueError: raise ValueError(f'budgets={text!r}: numbers in (0, 1], separated by commas, as in 0.6,0.4') from None
 
 def _stop(error):
-    if error: typer.echo(f'compecon: {error}', err=True)
+    typer.echo(f'compecon: {error}', err=True)
     raise typer.Exit(2)
 
 # %% ../nbs/17_cli.ipynb #484a4326
@@ -95,7 +95,7 @@ def frontier(
         if first: typer.echo(f'{model} on {task}: {plan.dense_epochs} epochs dense, then {plan.epochs} at each of the budgets {budgets} by {methods}, {seeds} seed(s). Results go to {out}/')
         runs = run_plan(plan, out)
         table = write_report(runs, out) if first else None
-    except ValueError as e: _stop(e if first else '')
+    except ValueError as e: _stop(e if first else f'process {process()[0]}: {e}')
     if first: typer.echo(f'\n{table.to_markdown(index=False)}\n\nbudget and achieved: FLOPs of the whole model, as a share of dense; latency: time relative to dense; points: hundredths of the metric.'
                f'\nTable, plot and models are in {out}/')
 

@@ -154,7 +154,7 @@ TASKS = {'agreement': AGREEMENT, **GLUE}
 def load_task(
     name:str, # A name in TASKS
     folder:str|Path|None=None # For GLUE, see compecon.glue.load_glue
-    )->dict: # 'train' and 'validation'
+    )->dict: # 'train', 'validation', and those of `task.more` that are there
     "The data of a task; raises `ValueError` naming the known ones"
     if name not in TASKS: raise ValueError(f'unknown task {name!r}: there are {", ".join(TASKS)}')
     return load_agreement() if name == 'agreement' else load_glue(name, folder)
@@ -207,8 +207,8 @@ class Plan:
         for k, v in DEFAULTS[self.task].items():
             if getattr(self, k) is None: object.__setattr__(self, k, v)
         if self.epochs < 0 or self.epochs == 0 and not set(self.methods) <= set(POSTHOC): raise ValueError(f'epochs={self.epochs}: without training there are only {", ".join(POSTHOC)}')
-        for k in ('seeds', 'dense_epochs', 'bs', 'lr', 'recover_lr', *(['samples'] if self.samples is not None else [])):
-            if not getattr(self, k) > 0: raise ValueError(f'{k}={getattr(self, k)} must be above 0')
+        for k in ('seeds', 'dense_epochs', 'bs', 'lr', 'recover_lr', 'samples'):
+            if getattr(self, k) is not None and not getattr(self, k) > 0: raise ValueError(f'{k}={getattr(self, k)} must be above 0')
 
     def same(self, method=''): # What two runs of a method must share to be the same run
         shared = ('model', 'task', 'data', 'dense_epochs', 'lr', 'bs', 'samples') if method == 'dense' else [k for k in asdict(self) if k not in ('budgets', 'seeds', 'first', 'methods')]
@@ -254,6 +254,16 @@ def _found(bench, method, gate=None):
     return Economy(model, tokens=bench.tokens, block=plan.block, gate=gate), _looks(firms, 0)*plan.firms
 
 # %% ../nbs/13b_experiment.ipynb #d56a893f
+def _once(f): # Process 0 calls it while the others wait; what it gave or raised is for all
+    if process()[1] == 1: return f()
+    found = [None, None]
+    if process()[0] == 0:
+        try: found[0] = f()
+        except Exception as e: found[1] = e
+    dist.broadcast_object_list(found)
+    if found[1] is not None: raise found[1]
+    return found[0]
+
 def compete(
     bench:Bench, # With its dense model
     budget:float, # Share of the dense model's FLOPs
@@ -266,7 +276,7 @@ def compete(
     rounds = rest[:len(samples)//8], rest[-(len(samples)//4):]
     for method in dict.fromkeys(m for m,_ in ENTRANTS):
         economy, n = _found(bench, method)
-        values = appraise(economy, method, bench.batches(), loss_of(bench.task), bench.seed).clone()
+        values = _once(lambda: appraise(economy, method, bench.batches(), loss_of(bench.task), bench.seed).cpu()).to(economy.log_values.device)
         looks += n + _looks(method, 0)
         for rate in (r for m,r in ENTRANTS if m == method):
             economy.valuations = values
@@ -275,7 +285,7 @@ def compete(
             made[method, rate] = settle(economy)
         economy.remove()
     def train(model, r): bench.train(model, 1, 4000 + bench.seed, samples=rounds[r], bar=bar, weight=budget)
-    table = tournament({name: lambda name=name: copy.deepcopy(made[name]) for name in made}, train, lambda model: bench.judge(model, aside))
+    table = tournament({name: lambda name=name: copy.deepcopy(made[name]) for name in made}, train, lambda model: _once(lambda: bench.judge(model, aside)))
     trials = sum(bench.flops(made[name])*(3*len(rounds[r]) + len(aside)) for name,losses in zip(table.index, table.values) for r,loss in enumerate(losses) if not math.isnan(loss))
     return made[table.index[0]], 3*economy.prices.total*looks*min(512, len(samples)) + trials, table
 
@@ -298,6 +308,7 @@ def choose(
     else:
         prune(economy, method, budget, bench.batches(), loss_of(bench.task), bench.seed)
         looks += _looks(method, len(economy.sites))
+    economy.log_values.data = _once(lambda: economy.log_values.data.cpu()).to(economy.log_values.device)
     economy.clear(budget)
     small = settle(economy)
     economy.remove()
@@ -383,16 +394,6 @@ class RunLog:
 # %% ../nbs/13b_experiment.ipynb #cac01bc2
 MEMORY = 8e9 # Bytes that a teacher's hidden states may take; beyond, it is asked again for each batch
 
-def _once(f): # Process 0 calls it while the others wait; what it gave or raised is for all
-    if process()[1] == 1: return f()
-    found = [None, None]
-    if process()[0] == 0:
-        try: found[0] = f()
-        except Exception as e: found[1] = e
-    dist.broadcast_object_list(found)
-    if found[1] is not None: raise found[1]
-    return found[0]
-
 def _folder(models, plan, method): return models/f'{plan.task}-{method}-{hashlib.sha1(json.dumps(plan.same(method)).encode()).hexdigest()[:6]}'
 
 def _prepare(bench, log, models, bar):
@@ -425,13 +426,10 @@ def run_plan(
     keep:bool=True # Save the settled models, too? Dense ones always are
     )->pd.DataFrame: # The plan's runs, those of earlier calls included
     "Do all runs of a plan that are not done yet, on all processes that `torch.distributed` has joined; raises `ValueError` if some were started and not joined"
-    if num_distrib() > 1 and process()[1] == 1: raise ValueError(f'{num_distrib()} processes were started and not joined: each would do everything. join them by `torch.distributed`, as experiments/glue.py does')
+    if num_distrib() > 1 and process()[1] == 1: raise ValueError(f'{num_distrib()} processes were started and not joined: each would do everything; join them by `torch.distributed`, as experiments/glue.py does')
     out, task, log = Path(out), TASKS[plan.task], RunLog(Path(out)/file, plan)
-    data = load_task(plan.task, plan.data)
     model, tokenizer = load_dense(plan.model, task)
-    def read(): return {k: tokenize(task, rows, tokenizer) for k,rows in data.items()}
-    _once(lambda: process()[1] > 1 and len(read()))  # the others find its tokens on disk
-    samples = read()
+    samples = _once(lambda: {k: tokenize(task, rows, tokenizer) for k,rows in load_task(plan.task, plan.data).items()})
     samples['train'] = samples['train'][:plan.samples]
     tokens = 8*math.ceil(sum(len(x['input_ids']) for x,_ in samples['train'])/len(samples['train'])/8)
     floor = price_list(model, find_agents(model, plan.block), tokens).fixed  # what cannot be gated or paid fails here, before anything is trained

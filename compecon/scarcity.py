@@ -293,9 +293,9 @@ def interval(
     return dict(mean=float(mean), low=float(low), high=float(high))
 
 # %% ../nbs/11_scarcity.ipynb #26598fbb
-def _in_open_heads(economy, found, opened): # `(sentences,)`: mean over the heads that are open
-    heads = torch.stack([o for s,o in zip(economy.sites, economy.split(opened)) if s.kind == 'head']).bool().cpu()
-    return found[:, heads].mean(1)
+def _by_head(change, heads): # `(sentences, layers, heads)`, `(layers, heads)`: the mean change of each open head and its interval; None for those that are closed
+    each = [[interval(change[:, i, j], resamples=300) if o else None for j,o in enumerate(row)] for i,row in enumerate(heads.tolist())]
+    return {k: [[None if found is None else round(found[k], 4) for found in row] for row in each] for k in ('mean', 'low', 'high')}
 
 def impose(
     economy:Economy, # A standard model with gates on it, whose layers all attend
@@ -308,25 +308,27 @@ def impose(
     share:float, # That is left
     before:tuple|None=None, # What observe says of the model without scarcity, if it is known
     draws:int=5 # Of the lot
-    )->dict: # `dense`, `score`, `gain` with its interval, `control_score`; for each of MEASURES its mean `before` and `after` in open heads, `change`, `control` and `excess` (of the change over the control's) with intervals, `composition`
+    )->dict: # `dense`, `score`, `gain` with its interval, `control_score`; for each of MEASURES its mean `before` and `after` in open heads, `change`, `control` and `excess` (of the change over the control's) with intervals, `composition`, and the change `by_head`: `mean`, `low` and `high`, each (layers, heads), None where closed
     "Make one thing scarce, and see; raises `ValueError` for a kind that is not known"
     if kind not in KINDS: raise ValueError(f'kind={kind!r}: there are {", ".join(KINDS)}')
     logits, dense, _ = before or observe(economy, batches, special_ids, values)
     everybody, all_of_them = torch.ones_like(economy.log_values), np.arange(len(logits))
-    def under(lot=None): # Predictions; measures in open heads before and after
+    def under(lot=None): # Predictions; who is open, `(layers, heads)`; measures before and after, of all heads
         opened = everybody if kind == 'token' else scarce(economy, kind, share, worth if lot is None else None, lot or 0)
         answers, after, struck = observe(economy, batches, special_ids, values, opened, share if kind == 'token' else 1., lot)
-        start, end = ({k: _in_open_heads(economy, v[k], opened).numpy() for k in MEASURES} for v in (struck or dense, after))
-        return answers, start, end
-    answers, start, end = under()
+        heads = torch.stack([o for s,o in zip(economy.sites, economy.split(opened)) if s.kind == 'head']).bool().cpu()
+        return answers, heads, struck or dense, after
+    answers, heads, start, end = under()
     lots = [under(lot) for lot in range(draws)]
     resampled = np.random.default_rng(0).integers(0, len(logits), (300, len(logits)))
     low, high = np.quantile([score(answers, i) - score(logits, i) for i in resampled], [0.025, 0.975])
     row = dict(kind=kind, share=share, dense=score(logits, all_of_them), score=score(answers, all_of_them), control_score=float(np.mean([score(a, all_of_them) for a,*_ in lots])))
     row['gain'] = dict(mean=row['score'] - row['dense'], low=float(low), high=float(high))
     for k in MEASURES:
-        others = [e[k] - s[k] for _,s,e in lots]
-        row[k] = dict(before=float(start[k].mean()), after=float(end[k].mean()), change=interval(end[k] - start[k]), control=interval(np.mean(others, 0)), excess=interval(end[k] - start[k], others), composition=float(start[k].mean() - dense[k].mean()))
+        change, others = end[k] - start[k], [(e[k] - s[k])[:, h].mean(1).numpy() for _,h,s,e in lots]
+        mean = change[:, heads].mean(1).numpy()
+        row[k] = dict(before=start[k][:, heads].mean().item(), after=end[k][:, heads].mean().item(), change=interval(mean), control=interval(np.mean(others, 0)), excess=interval(mean, others),
+                      composition=(start[k][:, heads].mean() - dense[k].mean()).item(), by_head=_by_head(change, heads))
     return row
 
 # %% ../nbs/11_scarcity.ipynb #cbed4b76

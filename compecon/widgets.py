@@ -21,10 +21,10 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from scipy.stats import t as student_t
 
+from .cost import check_tokens
 from .economy import Economy
-from .frontier import plot_frontier, summarize
+from .frontier import half_interval, plot_frontier, summarize
 from .scarcity import attention_maps
 
 # %% ../nbs/15_widgets.ipynb #58cbc396
@@ -182,8 +182,7 @@ def read_sentence(
     if model.config.is_encoder_decoder: raise ValueError(f'{type(model).__name__} reads one text and writes another: only models of one text can be shown')
     if not text.strip(): raise ValueError('the sentence is empty: write at least one word')
     x = {k: torch.tensor([v], device=device) for k,v in tokenizer(text).items() if k in ('input_ids', 'attention_mask', 'token_type_ids')}
-    n, longest = x['input_ids'].shape[1], getattr(model.config, 'max_position_embeddings', None) or math.inf
-    if n > longest: raise ValueError(f'the sentence has {n} tokens, and this model takes {longest}')
+    n = check_tokens(model, x['input_ids'].shape[1])
     demand = economy.demand(price)
     with economy.forcing(demand.float()), torch.no_grad(): maps, logits = [m[0] for m in attention_maps(model, x)], model(**x).logits.float()
     opened = [o for s,o in zip(economy.sites, economy.split(demand)) if s.kind == 'head' for _ in range(s.part.repeats(model.config) if s.part.repeats else 1)]
@@ -240,7 +239,7 @@ def compare_methods(
     if 'dense' in (a, b): pairs['budget'] = pairs.budget_b if a == 'dense' else pairs.budget_a
     def row(budget, g):
         d, n = g.score_a - g.score_b, len(g)
-        half = d.std()/n**0.5*student_t.ppf(0.975, n - 1) if n > 1 else math.nan
+        half = half_interval(d.std(), n)
         return {'budget': budget, 'seeds': n, a: g.score_a.mean(), b: g.score_b.mean(), 'difference': d.mean(), 'low': d.mean() - half, 'high': d.mean() + half,
                 **{f'{name} {m}': g[f'{column}_{s}'].mean()*scale for name,column,scale in (('latency', 'latency_ratio', 1), ('TFLOP', 'train_flops', 1e-12)) for m,s in ((a, 'a'), (b, 'b'))}}
     return pd.DataFrame([row(budget, g) for budget,g in sorted(pairs.groupby('budget'), reverse=True)])

@@ -5,12 +5,13 @@ or:   accelerate launch --multi_gpu --num_processes 2 experiments/glue.py --data
 
 The second command starts two processes where there is no GPU, too (accelerate 1.15 starts just one for `--cpu` without MPI); so does `torchrun --nproc_per_node 2`.
 Options are those of `compecon frontier`; a model is the packaged MiniLM, a folder, or a name on the hub (as google-bert/bert-base-uncased), and without --data
-the task comes from the hub, too. Several processes share out the batches of every training run and make the same steps as one; what is appraised, each
-finds for itself, and process 0 keeps records and models, in a folder that all must see. Every run is a line of OUT/runs.jsonl as soon as it ends; started again, by as
+the task comes from the hub, too. Several processes share out the batches of every training run and make the same steps as one; whatever else is
+decided, process 0 decides, and it keeps records and models, in a folder that all must see. Every run is a line of OUT/runs.jsonl as soon as it ends; started again, by as
 many processes as you like, it goes on where it was. A try of the script itself: --samples 256 --out FOLDER.
 """
 import os
 import sys
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
@@ -23,7 +24,7 @@ def join():
     "Join the processes that a launcher started, by gloo on CPUs"
     asked = os.environ.get('ACCELERATE_USE_CPU', '').lower() == 'true'
     if asked: default_device(False)
-    state = PartialState(cpu=asked or not torch.cuda.is_available())
+    state = PartialState(cpu=asked or not torch.cuda.is_available(), timeout=timedelta(days=1))  # the others wait while process 0 scores
     if asked and 'MASTER_PORT' in os.environ and state.num_processes == 1:
         sys.exit('glue.py: `accelerate launch --cpu` has started one process of several. Without MPI, say --multi_gpu in place of --cpu, also where there is no GPU')
     return state
