@@ -17,7 +17,7 @@ from . import faithfulness, rationality
 from .frontier import read_runs, summarize
 from .scarcity import verdict
 
-# %% ../nbs/16_results.ipynb #e4df94c8
+# %% ../nbs/16_results.ipynb #b70026c8
 @dataclass(frozen=True)
 class Source:
     "A file of records"
@@ -26,14 +26,15 @@ class Source:
     command: str  # That makes it
 
 _CONTEST = 'python benchmarks/contest.py --data DATA'
+_ABLATION = f'{_CONTEST} --tasks cola --methods fisher --budgets 0.1'
 BOOK = [
     Source('contest/runs.jsonl', 'which method keeps most at a budget?', f'{_CONTEST} --tasks stsb,cola,mnli --budgets 0.2,0.1,0.05'),
-    Source('contest/runs-epochs=0.jsonl', 'and without any training?', f'{_CONTEST} --methods repair,kprune,kwon,fisher,taylor --set epochs=0'),
-    Source('contest/runs-epochs=6.jsonl', 'and with half as much training again?', f'{_CONTEST} --set epochs=6'),
-    Source('contest/runs-firms=false.jsonl', 'what are firms worth?', f'{_CONTEST} --set firms=false'),
-    Source('contest/runs-hidden=0.jsonl', 'what is a teacher of hidden states worth?', f'{_CONTEST} --set hidden=0'),
-    Source('contest/runs-dropout=true.jsonl', 'what does dropout cost?', f'{_CONTEST} --set dropout=true'),
-    Source('wikitext.jsonl', 'how much perplexity does a decoder lose with its parameters?', 'python experiments/wikitext.py --data DATA'),
+    Source('contest/runs-epochs=0.jsonl', 'and without any training?', f'{_CONTEST} --budgets 0.6,0.4,0.2,0.1 --methods repair,kprune,kwon,fisher,taylor --set epochs=0'),
+    Source('contest/runs-epochs=6.jsonl', 'and with half as much training again?', f'{_ABLATION} --set epochs=6'),
+    Source('contest/runs-firms=false.jsonl', 'what are firms worth?', f'{_ABLATION} --set firms=false'),
+    Source('contest/runs-hidden=0.jsonl', 'what is a teacher of hidden states worth?', f'{_ABLATION} --set hidden=0'),
+    Source('contest/runs-dropout=true.jsonl', 'what does dropout cost?', f'{_ABLATION} --set dropout=true'),
+    Source('wikitext.jsonl', 'how much perplexity does a decoder lose with its parameters?', 'python experiments/wikitext.py --data DATA --params 0.74 --batch 2 --steps 120 --dense-steps 200 --test-tokens 20000 --context 512 --stride 512'),
     Source('context.jsonl', 'do gates pay that read their input?', 'python experiments/context.py --data DATA'),
     Source('kernels.jsonl', 'what do products over open blocks cost?', 'python benchmarks/sparse.py'),
     Source('latency.jsonl', 'are saved FLOPs saved milliseconds?', 'python benchmarks/latency.py'),
@@ -58,7 +59,7 @@ def contents(
     if not rows: raise ValueError(f'{folder} has none of {", ".join(s.file for s in BOOK)}')
     return pd.DataFrame(rows)
 
-# %% ../nbs/16_results.ipynb #a2c7d41d
+# %% ../nbs/16_results.ipynb #6f51c72d
 def ablations(
     folder:str|Path='results' # With `contest/runs.jsonl` and files of ablations beside it
     )->pd.DataFrame: # One row for each change, task and budget: mean `difference` of the scores of the same runs, `low` and `high` among them, and the number of `pairs`
@@ -67,54 +68,59 @@ def ablations(
     for source in BOOK:
         if not (m := re.fullmatch(r'contest/runs-(.+)\.jsonl', source.file)): continue
         changed = read_runs(Path(folder)/source.file)
-        pairs = changed[changed.method != 'dense'].merge(whole[[*keys, 'score']].drop_duplicates(keys, keep='last'), on=keys, suffixes=('', '_whole'))
+        pairs = changed[changed.method != 'dense'].drop_duplicates(keys, keep='last').merge(whole[[*keys, 'score']].drop_duplicates(keys, keep='last'), on=keys, suffixes=('', '_whole'))
         for (task, budget), g in pairs.groupby(['task', 'budget']):
             d = g.score - g.score_whole
             rows.append(dict(change=m[1], task=task, budget=budget, difference=d.mean(), low=d.min(), high=d.max(), pairs=len(d)))
     return pd.DataFrame(rows, columns=['change', 'task', 'budget', 'difference', 'low', 'high', 'pairs'])
 
-# %% ../nbs/16_results.ipynb #132c6973
+# %% ../nbs/16_results.ipynb #604dc333
 def perplexities(
     runs:pd.DataFrame # From read_runs of `wikitext.jsonl`
     )->pd.DataFrame: # One row for each model, number of `steps` of recovery, budget and method: seeds, shares of the whole model and of its layers that were achieved, mean perplexities, and the mean `loss` relative to the dense model, by the word
-    "How much worse a smaller decoder predicts"
+    "How much worse a smaller decoder predicts; raises `ValueError` if runs differ in more than their steps"
     runs = runs.assign(steps=[p.get('steps', 0) for p in runs.plan], token=[m['token'] for m in runs.metrics], loss=[r['word'] for r in runs.relative])
     keys = ['model', 'task', 'steps', 'budget', 'method']
+    plans = runs.assign(plan=runs.plan.astype(str)).groupby([*keys, 'seed']).plan.nunique()
+    if (plans > 1).any(): raise ValueError(f'runs of several plans for {plans.idxmax()}: look at them one by one')
     table = runs.drop_duplicates([*keys, 'seed'], keep='last').groupby(keys, sort=False).agg(seeds=('seed', 'nunique'), params=('achieved_params', 'mean'), layers=('achieved_layers', 'mean'), FLOPs=('achieved_flops', 'mean'),
                                                                               word=('score', 'mean'), token=('token', 'mean'), loss=('loss', 'mean'))
     return table.sort_values(['steps', 'budget', 'word'], ascending=[False, False, True]).reset_index()
 
-# %% ../nbs/16_results.ipynb #1d2cb6f9
+# %% ../nbs/16_results.ipynb #794f7d14
+def _sizes(records): return records.batch.astype(str) + ' x ' + records.tokens.astype(str)
+
 def fastest(
     records:pd.DataFrame # From read_runs of `latency.jsonl`
     )->pd.DataFrame: # One row for each device, model, budget and size: the shares of FLOPs and of time of the best backend, its name, and `efficiency`, the one over the other
     "What a budget of FLOPs saves, served by the best backend, against the dense model as it is"
     records = records[(records.priced_in == 'flops') & records.as_it_is_ratio.notna()]
-    records = records.assign(size=records.batch.astype(str) + ' x ' + records.tokens.astype(str), time=records.as_it_is_ratio, efficiency=records.flops_ratio/records.as_it_is_ratio)
+    records = records.assign(size=_sizes(records), time=records.as_it_is_ratio, efficiency=records.flops_ratio/records.as_it_is_ratio)
     keys = ['device', 'model', 'budget', 'size']
     best = records.drop_duplicates([*keys, 'backend'], keep='last').sort_values('efficiency').drop_duplicates(keys, keep='last')
     return best.sort_values(['device', 'model', 'budget', 'batch', 'tokens'], ascending=[True, True, False, True, True])[[*keys, 'flops_ratio', 'time', 'backend', 'efficiency']].reset_index(drop=True)
 
-# %% ../nbs/16_results.ipynb #1ae91e82
+# %% ../nbs/16_results.ipynb #7a0cdff9
 def products(
     records:pd.DataFrame # From read_runs of `kernels.jsonl`
-    )->pd.DataFrame: # Rows are what was computed and how, columns numbers of tokens (of all sequences): time as a share of dense torch's
+    )->pd.DataFrame: # Rows are what was computed and how, columns sizes (sequences x tokens): time as a share of dense torch's
     "What is left of the time with 60 % of the blocks, seven of twelve heads, or 60 % of the FLOPs"
     some = records[records.open.between(.58, .61)]
-    return some.assign(tokens=some.tokens*some.batch.where(some.op != 'ffn', 1)).pivot_table('dense_ratio', ['device', 'op', 'shape', 'backend'], 'tokens', aggfunc='last', sort=False)
+    wide = some.assign(size=_sizes(some)).pivot_table('dense_ratio', ['device', 'op', 'shape', 'backend'], 'size', aggfunc='last', sort=False)
+    return wide[sorted(wide, key=lambda s: [int(n) for n in s.split(' x ')])]
 
-# %% ../nbs/16_results.ipynb #a887ce5a
+# %% ../nbs/16_results.ipynb #705c7b30
 _SCORES = dict(spearman='Spearman', matthews='Matthews', accuracy='accuracy')
 
 def _percent(share): return f'{100*share:.0f} %'
 
 def _with_interval(row): return f'{row.score:.3f} ± {row.score - row.low:.3f}' if row.seeds > 1 else f'{row.score:.3f}'
 
-def _quality(runs, task, budget, method):
-    table = summarize(runs[(runs.task == task) & (runs.budget == budget)]).set_index('method')
-    row, best = table.loc[method], table.drop(index=['dense'], errors='ignore').score.idxmax()
-    name = _SCORES.get(row.metric, row.metric)
-    return f'{method} {_with_interval(row)} {name}, dense {row.dense:.3f}, best {best} {table.score[best]:.3f} ({row.seeds} seeds)'
+def _quality(runs, task, budget, method): # Against those with as many seeds
+    table = summarize(runs[(runs.task == task) & (runs.budget == budget)]).set_index('method').drop(index=['dense'], errors='ignore')
+    row, rivals = table.loc[method], table[table.seeds >= table.seeds[method]].score
+    best = f'best of {len(rivals)}' if rivals.idxmax() == method else f'the best of {len(rivals)} is {rivals.idxmax()}, {rivals.max():.3f}'
+    return f'{method} {_with_interval(row)} {_SCORES.get(row.metric, row.metric)}, dense {row.dense:.3f}; {best} ({row.seeds} seeds)'
 
 VERDICTS = 'supported', 'undecided', 'refuted'
 
@@ -126,54 +132,54 @@ def _trained(runs):
     miss, names, family = (asked.achieved - asked.budget).abs(), dict(stsb='STS-B', cola='CoLA', mnli='MNLI'), runs[(runs.method == 'economy-any-price') & (runs.task == 'stsb')]
     res = [f"**Budgets hold.** {len(miss)} trained runs missed theirs by {miss.mean():.4f} of the dense model's FLOPs on average, by {miss.max():.4f} at most."]
     for task, budgets in (('stsb', (.2, .1)), ('cola', (.2, .1)), ('mnli', (.1,))):
-        res.append(f'**{names[task]}, trained.** ' + '; '.join(f'at {_percent(b)} of the FLOPs {_quality(runs, task, b, "repair")}' for b in budgets) + '.')
+        res.append(f'**{names[task]}, trained.** ' + '. '.join(f'At {_percent(b)} of the FLOPs {_quality(runs, task, b, "repair")}' for b in budgets) + '.')
     if len(family):
         table = summarize(family).sort_values('budget', ascending=False)
         res.append(f'**One checkpoint for any price** (STS-B, {table.seeds.min()} seeds): ' + ', '.join(f'{s:.3f} at {_percent(b)}' for s,b in zip(table.score, table.budget)) + f'; dense {table.dense.iloc[0]:.3f}.')
     return res
 
-def _untrained(runs): return [] if runs.empty else ['**Without any training** (STS-B): ' + '; '.join(f'at {_percent(b)} {_quality(runs, "stsb", b, "repair")}' for b in (.4, .2)) + '.']
+def _untrained(runs): return [] if runs.empty else ['**Without any training** (STS-B). ' + ' '.join(f'At {_percent(b)} of the FLOPs {_quality(runs, "stsb", b, "repair")}.' for b in (.4, .2))]
 
 def _decoders(runs):
     if runs.empty: return []
     table, res = perplexities(runs), []
     for model, g in table[(table.steps > 0) & ~table.method.str.startswith('dense')].groupby('model', sort=False):
-        ours = g[g.method == 'economy'].set_index('budget').loss
+        g = g[g.steps == g.groupby('budget').steps.transform('max')]
         best = g.sort_values('loss').drop_duplicates('budget').sort_values('budget', ascending=False)
-        res.append(f'**WikiText-103, {model}.** ' + '; '.join(f'with {_percent(1 - r.params)} fewer parameters word perplexity rises by ' + (f'{_percent(ours[r.budget])} (economy), ' if r.budget in ours else '')
-                   + f'{_percent(r.loss)} with the best method, {r.method} ({r.seeds} seed{"s"*(r.seeds > 1)})' for r in best.itertuples()) + '.')
+        res.append(f'**WikiText-103, {model}.** ' + ' '.join(f'With {_percent(1 - r.params)} fewer parameters word perplexity rises by {_percent(r.loss)} after {r.steps} steps with {r.method}, '
+                   + ('the only method so far' if n == 1 else f'the best of {n}') + f' ({r.seeds} seed{"s"*(r.seeds > 1)}).' for r in best.itertuples() for n in [(g.budget == r.budget).sum()]))
     return res
 
-# %% ../nbs/16_results.ipynb #540fab89
+# %% ../nbs/16_results.ipynb #54a84e52
 SERVED = {'settled and packed': 'settled, packed', 'with int8 weights': 'settled, packed:int8', 'in eager torch': 'settled', 'opened by a router for each sequence': 'packed, router'}
 
 def _times(kernels):
     if kernels.empty: return []
-    device = kernels.device.iloc[-1]
-    some = kernels[(kernels.device == device) & (kernels.model == 'bert') & (kernels.op == 'model') & (kernels.open == .6) & (kernels.batch == 1)]
-    table = some.pivot_table('dense_ratio', 'backend', 'tokens', aggfunc='last')[[1, 16, 128]]
+    some = kernels[(kernels.model == 'bert') & (kernels.op == 'model') & (kernels.open == .6) & (kernels.batch == 1)]
+    device = some.device.iloc[-1]
+    table = some[some.device == device].pivot_table('dense_ratio', 'backend', 'tokens', aggfunc='last')[[1, 16, 128]]
     return [f"**Time** ({device}, one thread, a model of BERT's size with 60 % of its FLOPs, at 1, 16 and 128 tokens, as a share of the dense time): " + '; '.join(f'{what} ' + ', '.join(f'{t:.2f}' for t in table.loc[name]) for what,name in SERVED.items()) + '.']
 
 def _efficiency(latency):
     if latency.empty: return []
     table = fastest(latency)
     goal = table.efficiency >= table['size'].map(lambda s: .9 if s == '1 x 1' else .95)
-    return ['**FLOPs are milliseconds** (share of FLOPs over share of time at least .95, .9 at one token, with the best backend): ' + ', '.join(f'{goal[g.index].sum()} of {len(g)} settings of {m} at {_percent(b)}' for (m, b), g in table.groupby(['model', 'budget'], sort=False)) + '.']
+    return ['**Are saved FLOPs saved milliseconds?** (Share of FLOPs over share of time at least .95, .9 at one token; served by the best of eager torch, our packed weights, and these as int8, against dense eager float32.) ' + ', '.join(f'{goal[g.index].sum()} of {len(g)} settings of {m} at {_percent(b)}' for (m, b), g in table.groupby(['model', 'budget'], sort=False)) + '.']
 
 def _claims(scarce, findings, faithful):
     res = []
     if len(scarce):
         words = pd.Series([verdict(r).split(':')[0] for r in scarce[scarce.kind != 'none'].to_dict('records')])
-        res.append(f'**A poor model sends its attention to what is valuable, and keeps its accuracy**: {_many(words, VERDICTS)} (kinds of scarcity, shares, tasks and seeds).')
-    if len(findings): res.append(f'**It behaves as an economy**: {_many(rationality.verdicts(findings).verdict, VERDICTS)} (tests, tasks, appraisers).')
-    if len(faithful): res.append(f'**Economic training makes attention more faithful**: {faithfulness.conclude(faithfulness.verdicts(faithfulness.compare(faithful)))}.')
+        res.append(f'**Does a poor model send its attention to what is valuable, and keep its accuracy?** {_many(words, VERDICTS)} (kinds of scarcity, shares, tasks and seeds).')
+    if len(findings): res.append(f'**Does it behave as an economy?** {_many(rationality.verdicts(findings).verdict, (*VERDICTS, "not asked"))} (tests, tasks, appraisers and budgets).')
+    if len(faithful): res.append(f'**Does economic training make attention more faithful?** {faithfulness.conclude(faithfulness.verdicts(faithfulness.compare(faithful)))}.')
     return res
 
-# %% ../nbs/16_results.ipynb #9577ba80
+# %% ../nbs/16_results.ipynb #efd11dbf
 def headlines(
     folder:str|Path='results' # With the files of BOOK
     )->list[str]: # Sentences in Markdown
-    "What the records say, in numbers; what has no records is left out"
+    "What the records say, in numbers; files that are not there are left out"
     def records(name): return read_runs(Path(folder)/f'{name}.jsonl')
     return [*_trained(records('contest/runs')), *_untrained(records('contest/runs-epochs=0')), *_decoders(records('wikitext')), *_times(records('kernels')), *_efficiency(records('latency')),
             *_claims(*(records(name) for name in ('scarcity', 'rationality', 'faithfulness')))]
