@@ -243,8 +243,8 @@ class Bench:
         return (loss_of(self.task)(logits, torch.tensor([y for _,y in samples])) + distillation_loss(logits, taught)).item()/2
 
 # %% ../nbs/13b_experiment.ipynb #2c01d9b6
-def _looks(method, sites): # Passes forward and backward over the appraisers' samples; a pass forward alone is a third
-    return dict(random=0, magnitude=0, activation=1/3, taylor=1, fisher=1, kwon=1 + (1 + sites)/3, repair=1 + 1/3 + 4*(1 + sites)/3, kprune=1/3 + sites*5/3).get(method, 0)
+def _looks(method, sites): # Passes forward and backward over the appraisers' samples; a pass forward alone is a third, and a repair takes one to see and three to refit
+    return dict(random=0, magnitude=0, activation=1/3, taylor=1, fisher=1, kwon=1 + (1 + 3)/3, repair=1 + 1/3 + 4*(1 + 3)/3, kprune=1/3 + sites*5/3).get(method, 0)
 
 def _found(bench, method, gate=None):
     "A copy of the dense model with firms, as an economy, and how many looks they took"

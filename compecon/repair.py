@@ -6,8 +6,9 @@
 __all__ = ['evaluating', 'Wanted', 'wanted_of_all', 'repair_site', 'repair', 'rescale']
 
 # %% ../nbs/07a_repair.ipynb #a5ca5a1b
+import re
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -63,6 +64,33 @@ def _watch(economy, batches, sites, what):
     return [[torch.cat(s.pop(w)) for w in ws] for s,ws in zip(seen, what)]
 
 
+# %% ../nbs/07a_repair.ipynb #3b9d5c20
+class _Replay:
+    "Sites are watched from below; layers that nobody changes any more give what they gave"
+    def __init__(self, economy):
+        names = {m: n for n,m in economy.model.named_modules()}
+        def place(site): # Its list of layers, and its number there
+            found = None if site.part.repeats else re.match(r'(.*?)\.(\d+)\.', names[site.out])
+            return (economy.model.get_submodule(found[1]), int(found[2])) if found else (None, 0)
+        self.places, self.given, self.batch = [place(s) for s in economy.sites], {}, 0  # what layers gave for each batch
+
+    def each(self, batches): # So that it is known which one is running
+        for self.batch, x in enumerate(batches): yield x
+
+    @contextmanager
+    def below(self, number): # Of the site that is to be watched; those after it have not been
+        layers, place = self.places[number]
+        def replayed(*args, given, **kwargs): return given[self.batch]
+        with ExitStack() as stack:
+            for layer, given in self.given.items():
+                own = layer.__dict__.get('forward')
+                layer.forward = partial(replayed, given=given)
+                stack.callback(partial(setattr, layer, 'forward', own) if own else partial(delattr, layer, 'forward'))
+            new = {layer: [] for layer in list(layers or ())[:place] if layer not in self.given}
+            for layer, given in new.items(): stack.callback(layer.register_forward_hook(lambda _, x, y, given=given: given.append(y)).remove)
+            yield
+        self.given |= new
+
 # %% ../nbs/07a_repair.ipynb #a17c2e90
 class Wanted(NamedTuple):
     "What a site is to bring about"
@@ -70,10 +98,12 @@ class Wanted(NamedTuple):
     adds: bool # Does the next norm read what the site writes, added to something?
 
 def _adds(economy, batch): # Of each site
-    for site, (before,) in zip(economy.sites, _watch(economy, [batch], economy.sites, [(2,)]*len(economy.sites))):
+    replay = _Replay(economy)
+    for i, (site, (before,)) in enumerate(zip(economy.sites, _watch(economy, [batch], economy.sites, [(2,)]*len(economy.sites)))):
         more = torch.linspace(0, 1, before.shape[-1], device=before.device)  # norms take no notice of a constant
         handle = site.out.register_forward_hook(lambda _, x, y, more=more: y + more.to(y.dtype))
-        try: (after,), = _watch(economy, [batch], [site], [(2,)])
+        try:
+            with replay.below(i): (after,), = _watch(economy, replay.each([batch]), [site], [(2,)])
         finally: handle.remove()
         yield ((after - before - more).abs().median() < 0.1).item()
 
@@ -128,9 +158,11 @@ def _refit_all(economy, batches, fit, wanted=None): # From below; `fit(site, kep
     if not economy.gate.hard: raise ValueError('the gates are still soft: `economy.clear(budget)` decides who stays')
     batches = list(batches)
     if wanted is None: wanted = wanted_of_all(economy, batches)
+    replay = _Replay(economy)
     with torch.no_grad(), evaluating(economy.model):
-        for site, opened, w in zip(economy.sites, economy.split(economy.open), wanted):
-            fit(site, opened.repeat_interleave(site.width), *_gap(economy, site, w, batches))
+        for i, (site, opened, w) in enumerate(zip(economy.sites, economy.split(economy.open), wanted)):
+            with replay.below(i): read = _gap(economy, site, w, replay.each(batches))
+            fit(site, opened.repeat_interleave(site.width), *read)
 
 def repair(
     economy:Economy, # With hard gates; the output projections of its model are changed

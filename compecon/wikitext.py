@@ -27,7 +27,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from .agents import FAMILIES
-from .callback import distillation_loss
+from .callback import distillation_loss, hidden_loss
 from .clock import cache_folder
 from .repair import evaluating
 
@@ -246,10 +246,17 @@ def tune(
     lr:float=1e-4, # Highest learning rate
     teacher:nn.Module|None=None, # The dense model, in evaluation mode
     share:float=0.5, # Of the teacher in the loss, in [0, 1]
-    seed:int=0 # Of the order
+    seed:int=0, # Of the order
+    hidden:float=0., # Weight of `compecon.callback.hidden_loss`, which is added; 0 is without
+    dtype:torch.dtype|None=None, # Of products, as `torch.bfloat16`; weights and their updates stay as they are
+    before:Callable[[int],None]|None=None # Called with the number of each step before it is made, as to set a price
     )->float: # Mean loss over the last tenth of the steps; not a number without steps
-    "Train a decoder on a text; raises `ValueError` for a share that cannot be, and when training diverges"
+    "Train a decoder on a text; raises `ValueError` for a share or weight that cannot be, and when training diverges"
     if not 0 <= share <= 1: raise ValueError(f'share={share} must be in [0, 1]')
+    if not hidden >= 0: raise ValueError(f'hidden={hidden} must be at least 0')
+    if hidden and teacher is None: raise ValueError(f'hidden={hidden} needs a teacher')
+    def look(m, x):
+        with torch.autocast(device.type, dtype, enabled=dtype is not None): return m(**x, use_cache=False, output_hidden_states=hidden > 0)
     rng, order, losses, warm, device = random.Random(seed), [], [], max(1, steps//10), next(model.parameters()).device
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, weight_decay=0.01)
     model.train()
@@ -257,11 +264,14 @@ def tune(
         order = order or rng.sample(range(len(batches)), len(batches))
         x, y = batches[order.pop()]
         x, y = {k: v.to(device) for k,v in x.items()}, y.to(device)
-        logits = model(**x, use_cache=False).logits
+        if before is not None: before(i)
+        out = look(model, x)
+        logits = out.logits.float()
         loss = lm_loss(logits, y)
         if teacher is not None:
-            with torch.no_grad(): target = teacher(**x, use_cache=False).logits
-            loss = (1 - share)*loss + share*distillation_loss(logits.flatten(0, 1), target.flatten(0, 1), 1.)
+            with torch.no_grad(): told = look(teacher, x)
+            loss = (1 - share)*loss + share*distillation_loss(logits.flatten(0, 1), told.logits.float().flatten(0, 1), 1.)
+            if hidden: loss = loss + hidden*hidden_loss(*(torch.stack(o.hidden_states[1:], 2).float() for o in (out, told)), torch.ones_like(y))
         if not loss.isfinite(): raise ValueError(f'the loss is {loss.item()} at step {i}: training has diverged, try less than lr={lr}')
         for group in optimizer.param_groups: group['lr'] = lr*min((i + 1)/warm, (steps - i)/max(1, steps - warm))
         optimizer.zero_grad(); loss.backward()

@@ -11,7 +11,7 @@ the first --test-tokens of it (as WikiText counts: words and ends of lines), all
 Parameters. A share is one of the *whole* model, embeddings included, as in SIMPLE (Tao et al. 2023), whose figures for GPT-2 are 14.23 dense, and 15.10, 16.51, 19.08 at 0.74, 0.52, 0.33. SIMPLE narrows the residual stream, and embeddings with it; here heads and
 neurons leave and embeddings stay (21 % of SmolLM2-135M), so layers have to lose more. --without-embeddings takes the share of the layers' parameters only. `achieved` is the share that was asked for, `achieved_params` and `achieved_layers` are both.
 
-`economy` lets Taylor and Fisher values at several rates of exchange compete in trials of an eighth and a quarter of the steps; the others choose once. `repair` is Fisher with a share of what agents write, and a least-squares refit before recovery. `dense:more` is the dense
+`economy` lets Taylor and Fisher values at several rates of exchange compete in trials of an eighth and a quarter of the steps; the others choose once. `repair` is Fisher with a share of what agents write, and a least-squares refit before recovery. `any-price` is one checkpoint for all shares, trained for as many steps as specialists for all of them take together, each step at a share by lot. `dense:more` is the dense
 model with the same recovery steps, by which one may compare as well. Token embeddings are frozen throughout. 'smollm2' is instruction-tuned and was dequantised from 4 bits: see `note`. With --steps 0 there is no recovery.
 
 On two slow cores (1.5 s for 256 tokens of SmolLM2): --test-tokens 20000 --context 512 --stride 512 --steps 60 --dense-steps 60 --threads 1, some hours for three budgets. On a graphics card: --windows 8.
@@ -19,6 +19,7 @@ On two slow cores (1.5 s for 256 tokens of SmolLM2): --test-tokens 20000 --conte
 import argparse
 import copy
 import math
+import random
 import re
 import time
 import warnings
@@ -41,9 +42,10 @@ from compecon.valuation import VALUATIONS, activation, appraise
 from compecon.wikitext import SMOLLM2, detokenize, encode, lm_batches, lm_loss, load_decoder, load_wikitext, perplexity, python_reference, tune
 
 ENTRANTS = [('taylor', r) for r in (1, 2, 4)] + [('fisher', r*r) for r in (1, 2, 4)] # Fisher values are squares
-METHODS = 'economy', 'repair', *VALUATIONS, 'dense:more'
+FAMILY = 'any-price'
+METHODS = 'economy', 'repair', *VALUATIONS, FAMILY, 'dense:more'
 REPRESENTATION = 0.3 # Share of what agents write in the values of `repair`
-SHARED = 'model', 'task', 'length', 'batch', 'dense_steps', 'dense_lr', 'context', 'stride', 'test_tokens' # By which two dense runs are the same
+SHARED = 'model', 'task', 'length', 'batch', 'dense_steps', 'dense_lr', 'dtype', 'context', 'stride', 'test_tokens' # By which two dense runs are the same
 OUT, RECORDS = 'results/wikitext', 'results/wikitext.jsonl'
 
 
@@ -81,6 +83,7 @@ class Bench:
         ids = encode(tokenizer, self.clean(self.tuning) if self.clean else self.tuning)
         self.batches = lm_batches(ids, args.length, args.batch, seed)
         self.looks = lm_batches(ids, args.length, args.batch, 1000 + seed)[:max(1, args.looks//args.batch)]
+        self.dtype, self.family = getattr(torch, args.dtype), None
 
     def prepare(self):
         for e in (self.dense.get_input_embeddings(), self.dense.get_output_embeddings()):
@@ -88,7 +91,9 @@ class Bench:
         self.flops = partial(count_flops, input_ids=torch.ones(1, self.args.length, dtype=torch.long, device=next(self.dense.parameters()).device))
         return self
 
-    def recover(self, model, steps, lr=None, seed=0): return tune(model, self.batches, steps, lr or self.args.lr, None if lr else self.dense, seed=seed + self.seed)
+    def casting(self): return torch.autocast(self.args.device, self.dtype, enabled=self.dtype is not torch.float32)
+    def tune(self, model, steps, lr): return tune(model, self.batches, steps, lr, seed=self.seed, dtype=self.dtype)
+    def recover(self, model, steps, seed=0, before=None): return tune(model, self.batches, steps, self.args.lr, self.dense, seed=seed + self.seed, hidden=self.args.hidden, dtype=self.dtype, before=before)
     def held_out(self, model): return perplexity(model, self.tokenizer, self.held, self.args.length, self.args.length, self.clean, self.args.windows)
     def final(self, model): return perplexity(model, self.tokenizer, self.test, self.args.context, self.args.stride, self.clean, self.args.windows)
 
@@ -100,7 +105,7 @@ class Bench:
 def founded(bench, appraiser):
     "A copy of the dense model with firms, as an economy"
     model = copy.deepcopy(bench.dense)
-    form_firms(model, appraiser, bench.looks, lm_loss, bench.seed, bench.args.length)
+    with bench.casting(): form_firms(model, appraiser, bench.looks, lm_loss, bench.seed, bench.args.length)
     return Economy(model, tokens=bench.args.length, block=bench.args.block)
 
 
@@ -109,7 +114,7 @@ def compete(bench, share):
     made, rounds, looks = {}, (bench.args.steps//8, bench.args.steps//4), 0
     for method in dict.fromkeys(m for m,_ in ENTRANTS):
         economy = founded(bench, method)
-        values, looks = appraise(economy, method, bench.looks, lm_loss, bench.seed).clone(), looks + 2
+        with bench.casting(): values, looks = appraise(economy, method, bench.looks, lm_loss, bench.seed).clone(), looks + 2
         for rate in (r for m,r in ENTRANTS if m == method):
             economy.valuations = values
             exchange(economy, rate)
@@ -124,24 +129,42 @@ def compete(bench, share):
     return made[table.index[0]].to(device), 3*looks*len(bench.looks)*bench.args.batch*bench.flops(bench.dense) + sum(spent), table
 
 
+def mixture(economy, bench):
+    "Fisher values with a share of what agents write"
+    costs = economy.prices.costs.to(economy.log_values.device)
+    with bench.casting(): worth, written = (v/(v*costs).sum() for v in (appraise(economy, 'fisher', bench.looks, lm_loss).clone(), activation(economy, bench.looks)))
+    return worth + REPRESENTATION*written
+
+
 def choose(bench, method, share):
     "From the dense model to a settled one; training FLOPs; what else is worth a record"
     if method == 'economy':
         small, flops, table = compete(bench, share)
         return small, flops, dict(tournament=[[*name, *(None if math.isnan(x) else round(x, 4) for x in row)] for name,row in zip(table.index, table.values)])
     economy, looks = founded(bench, 'fisher' if method == 'repair' else method), dict(random=0, magnitude=0, activation=2/3).get(method, 2)
-    if method == 'repair':
-        costs = economy.prices.costs.to(economy.log_values.device)
-        worth, written = (v/(v*costs).sum() for v in (appraise(economy, 'fisher', bench.looks, lm_loss).clone(), activation(economy, bench.looks)))
-        economy.valuations = worth + REPRESENTATION*written
-    else: appraise(economy, method, bench.looks, lm_loss, bench.seed)
+    if method == 'repair': economy.valuations = mixture(economy, bench)
+    else:
+        with bench.casting(): appraise(economy, method, bench.looks, lm_loss, bench.seed)
     allocate(economy, bench.budget(share))
     if method == 'repair':
-        repair(economy, bench.looks)
-        looks += 1/3 + (1 + len(economy.sites))/3
+        with bench.casting(): repair(economy, bench.looks)
+        looks += 1/3 + (1 + 3)/3
     small = settle(economy)
     economy.remove()
     return small, 3*looks*len(bench.looks)*bench.args.batch*bench.flops(bench.dense), {}
+
+
+def train_family(bench, shares):
+    "One checkpoint for all shares, each step at one of them by lot, with the steps that as many specialists take together; its economy, and training FLOPs"
+    economy, steps, rng, opened = founded(bench, 'fisher'), bench.args.steps*len(shares), random.Random(bench.seed), []
+    economy.valuations = mixture(economy, bench)
+    for share in shares:
+        allocate(economy, bench.budget(share))
+        opened.append(economy.open.float())
+    def before(_): economy.forced = rng.choice(opened)
+    bench.recover(economy.model, steps, seed=3000, before=before)
+    economy.forced = None
+    return economy, bench.args.batch*(3*(2 + 1/3)*len(bench.looks) + 4*steps)*bench.flops(bench.dense)
 
 
 def measure(bench, model, dense=None):
@@ -158,12 +181,12 @@ def measure(bench, model, dense=None):
 
 class Log:
     "The records of one plan in a file"
-    def __init__(self, args, task):
-        self.args, self.file, self.provenance = args, Path(args.records), provenance(args.device)
-        keys = *SHARED, 'steps', 'lr', 'looks', 'block', 'held_tokens', 'without_embeddings'
+    def __init__(self, args, task, shares):
+        self.args, self.shares, self.file, self.provenance = args, shares, Path(args.records), provenance(args.device)
+        keys = *SHARED, 'steps', 'lr', 'hidden', 'looks', 'block', 'held_tokens', 'without_embeddings'
         self.plan = {k: getattr(args, k) for k in keys if k not in ('model', 'task')} | dict(model=Path(args.model).name if Path(args.model).is_dir() else args.model, task=task)
 
-    def same(self, method): return {k: v for k,v in self.plan.items() if method != 'dense' or k in SHARED}
+    def same(self, method): return {k: v for k,v in self.plan.items() if method != 'dense' or k in SHARED} | (dict(shares=self.shares) if method == FAMILY else {})
     def runs(self):
         runs = read_runs(self.file)
         return runs[[p == self.same(m) for p,m in zip(runs.plan, runs.method)]] if 'plan' in runs else runs
@@ -180,31 +203,36 @@ class Log:
 
 def dense_of(args, log, seed, tokenizer, pretrained, read):
     "A bench with its tuned dense model, from disk or made now, and its record"
-    folder = Path(args.out)/'models'/f"{log.plan['model'].replace('/', '-')}-{log.plan['task']}-{args.dense_steps}x{args.batch}x{args.length}-{args.dense_lr:g}-seed{seed}"
+    folder = Path(args.out)/'models'/f"{log.plan['model'].replace('/', '-')}-{log.plan['task']}-{args.dense_steps}x{args.batch}x{args.length}-{args.dense_lr:g}-{args.dtype}-seed{seed}"
     found, made = log.find('dense', seed, 1.), (folder/'config.json').is_file()
     bench = Bench(args, seed, load_decoder(folder)[0].to(args.device) if made else copy.deepcopy(pretrained).to(args.device), tokenizer, read).prepare()
     if found is not None and made: return bench, found
     start, before = time.perf_counter(), None
     if not made:
         before = bench.held_out(bench.dense)['token']
-        bench.recover(bench.dense, args.dense_steps, args.dense_lr)
+        bench.tune(bench.dense, args.dense_steps, args.dense_lr)
         save(bench.dense, folder, tokenizer)
     seconds = time.perf_counter() - start
     if found is None: found = log.add(bench, 'dense', 1., measure(bench, bench.dense) | dict(held_out_before=before), args.dense_steps, seconds, 3*args.dense_steps*args.batch*bench.flops(bench.dense))
     return bench, found
 
 
-def run(bench, log, method, share, dense):
-    "Choose, settle, recover, measure, record"
-    start, args = time.perf_counter(), bench.args
-    small, flops, more = (copy.deepcopy(bench.dense), 0, {}) if method == 'dense:more' else choose(bench, method, share)
-    more['held_out_before'] = bench.held_out(small)['token']
-    for e in (small.get_input_embeddings(), small.get_output_embeddings()):
-        if e is not None: e.requires_grad_(False)
-    bench.recover(small, args.steps, seed=2000)
-    seconds = time.perf_counter() - start
-    flops += args.steps*args.batch*(3*bench.flops(small) + bench.flops(bench.dense))
-    return log.add(bench, method, share, measure(bench, small, dense) | more, args.steps, seconds, flops)
+def run(bench, log, method, share, dense, shares):
+    "Choose, settle, recover, measure, record; the checkpoint for all shares is trained once, and each of its records has the whole bill"
+    start, args, more = time.perf_counter(), bench.args, {}
+    if method == FAMILY:
+        if bench.family is None: bench.family = *train_family(bench, shares), time.perf_counter() - start
+        economy, flops, seconds = bench.family
+        allocate(economy, bench.budget(share))
+        small, steps = settle(economy), args.steps*len(shares)
+    else:
+        small, flops, more = (copy.deepcopy(bench.dense), 0, {}) if method == 'dense:more' else choose(bench, method, share)
+        more['held_out_before'] = bench.held_out(small)['token']
+        for e in (small.get_input_embeddings(), small.get_output_embeddings()):
+            if e is not None: e.requires_grad_(False)
+        bench.recover(small, args.steps, seed=2000)
+        steps, seconds, flops = args.steps, time.perf_counter() - start, flops + args.steps*args.batch*(3*bench.flops(small) + bench.flops(bench.dense))
+    return log.add(bench, method, share, measure(bench, small, dense) | more, steps, seconds, flops)
 
 
 def main():
@@ -217,10 +245,11 @@ def main():
     parser.add_argument('--methods', default='economy,repair,taylor,fisher,magnitude')
     parser.add_argument('--seeds', type=int, default=1)
     parser.add_argument('--first', type=int, default=0, help='the first seed')
-    for name, default, kind, what in (('length', 256, int, 'tokens of a window in training'), ('batch', 4, int, 'windows of a step'), ('steps', 100, int, 'of recovery, for every method'), ('lr', 3e-4, float, 'of recovery'),
+    for name, default, kind, what in (('length', 256, int, 'tokens of a window in training'), ('batch', 4, int, 'windows of a step'), ('steps', 100, int, 'of recovery, for every method'), ('lr', 3e-4, float, 'of recovery'), ('hidden', 0.3, float, 'weight of hidden states in recovery'),
             ('dense-steps', 100, int, 'of the dense model'), ('dense-lr', 5e-5, float, 'of the dense model'), ('looks', 16, int, 'windows that appraisers see'), ('block', 32, int, 'neurons of an agent'),
             ('context', 1024, int, 'tokens seen at once, in the test'), ('stride', 512, int, 'tokens between windows, in the test'), ('held-tokens', 5000, int, 'of the text for choices'), ('windows', 1, int, 'scored at once')):
         parser.add_argument(f'--{name}', type=kind, default=default, help=f'{what} ({default})')
+    parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'), help='of products in training and appraisal; tests are in float32')
     parser.add_argument('--test-tokens', type=int, help='only the first so many of the test split, as WikiText counts; all without it')
     parser.add_argument('--out', default=OUT)
     parser.add_argument('--records', default=RECORDS)
@@ -233,8 +262,8 @@ def main():
     logging.set_verbosity_error(); logging.disable_progress_bar(); warnings.filterwarnings('ignore')
     if args.threads: torch.set_num_threads(args.threads)
 
-    log = Log(args, 'python' if args.data == 'python' else 'wikitext-103' + '-raw'*args.raw)
-    wanted = [(s, m, p) for s in range(args.first, args.first + args.seeds) for m,p in [('dense', 1.)] + [(m, 1.) for m in methods if m == 'dense:more'] + [(m, p) for p in shares for m in methods if m != 'dense:more']]
+    log = Log(args, 'python' if args.data == 'python' else 'wikitext-103' + '-raw'*args.raw, shares)
+    wanted = [(s, m, p) for s in range(args.first, args.first + args.seeds) for m,p in [('dense', 1.)] + [(m, 1.) for m in methods if m == 'dense:more'] + [(FAMILY, p) for p in shares if FAMILY in methods] + [(m, p) for p in shares for m in methods if m not in (FAMILY, 'dense:more')]]
     todo = [w for w in wanted if log.find(w[1], w[0], w[2]) is None]
     if todo:
         read = texts(args)
@@ -245,7 +274,7 @@ def main():
         bench, dense = dense_of(args, log, seed, tokenizer, pretrained, read)
         print(f"seed {seed} dense: {dense['score']:.2f} by the word, {dense['metrics']['token']:.2f} by the token, on {dense['metrics']['words']} words; held out {dense['held_out']:.2f}", flush=True)
         for _, method, share in (t for t in todo if t[0] == seed and t[1] != 'dense'):
-            found = run(bench, log, method, share, dense)
+            found = run(bench, log, method, share, dense, shares)
             print(f"seed {seed} {method} at {share}: {found['score']:.2f} ({found['relative']['word']:+.1%} by the word, {found['relative']['token']:+.1%} by the token), layers {found['achieved_layers']:.3f}, FLOPs {found['achieved_flops']:.3f}, {found['train_seconds']:.0f} s", flush=True)
     runs = log.runs()
     runs = runs[[(s, m, p) in wanted for s,m,p in zip(runs.seed, runs.method, runs.budget)]] if len(runs) else runs
