@@ -91,7 +91,7 @@ class Bench:
         self.flops = partial(count_flops, input_ids=torch.ones(1, self.args.length, dtype=torch.long, device=next(self.dense.parameters()).device))
         return self
 
-    def casting(self): return torch.autocast(self.args.device, self.dtype, enabled=self.dtype is not torch.float32)
+    def casting(self): return torch.autocast(self.args.device, self.dtype, enabled=self.dtype is not torch.float32, cache_enabled=False) # a repair changes weights meanwhile
     def tune(self, model, steps, lr): return tune(model, self.batches, steps, lr, seed=self.seed, dtype=self.dtype)
     def recover(self, model, steps, seed=0, before=None): return tune(model, self.batches, steps, self.args.lr, self.dense, seed=seed + self.seed, hidden=self.args.hidden, dtype=self.dtype, before=before)
     def held_out(self, model): return perplexity(model, self.tokenizer, self.held, self.args.length, self.args.length, self.clean, self.args.windows)
