@@ -82,7 +82,8 @@ class Bench:
         self.tuning, self.held, self.test, self.clean = read
         ids = encode(tokenizer, self.clean(self.tuning) if self.clean else self.tuning)
         self.batches = lm_batches(ids, args.length, args.batch, seed)
-        self.looks = lm_batches(ids, args.length, args.batch, 1000 + seed)[:max(1, args.looks//args.batch)]
+        shuffled = lm_batches(ids, args.length, args.batch, 1000 + seed)
+        self.looks, self.refit = (shuffled[:max(1, n//args.batch)] for n in (args.looks, args.refit))
         self.dtype, self.family = getattr(torch, args.dtype), None
 
     def prepare(self):
@@ -141,17 +142,17 @@ def choose(bench, method, share):
     if method == 'economy':
         small, flops, table = compete(bench, share)
         return small, flops, dict(tournament=[[*name, *(None if math.isnan(x) else round(x, 4) for x in row)] for name,row in zip(table.index, table.values)])
-    economy, looks = founded(bench, 'fisher' if method == 'repair' else method), dict(random=0, magnitude=0, activation=2/3).get(method, 2)
+    economy, looks = founded(bench, 'fisher' if method == 'repair' else method), len(bench.looks)*dict(random=0, magnitude=0, activation=2/3).get(method, 2)
     if method == 'repair': economy.valuations = mixture(economy, bench)
     else:
         with bench.casting(): appraise(economy, method, bench.looks, lm_loss, bench.seed)
     allocate(economy, bench.budget(share))
     if method == 'repair':
-        with bench.casting(): repair(economy, bench.looks)
-        looks += 1/3 + (1 + 3)/3
+        with bench.casting(): repair(economy, bench.refit)
+        looks += len(bench.looks)/3 + len(bench.refit)*(1 + 3)/3
     small = settle(economy)
     economy.remove()
-    return small, 3*looks*len(bench.looks)*bench.args.batch*bench.flops(bench.dense), {}
+    return small, 3*looks*bench.args.batch*bench.flops(bench.dense), {}
 
 
 def train_family(bench, shares):
@@ -183,7 +184,7 @@ class Log:
     "The records of one plan in a file"
     def __init__(self, args, task, shares):
         self.args, self.shares, self.file, self.provenance = args, shares, Path(args.records), provenance(args.device)
-        keys = *SHARED, 'steps', 'lr', 'hidden', 'looks', 'block', 'held_tokens', 'without_embeddings'
+        keys = *SHARED, 'steps', 'lr', 'hidden', 'looks', 'refit', 'block', 'held_tokens', 'without_embeddings'
         self.plan = {k: getattr(args, k) for k in keys if k not in ('model', 'task')} | dict(model=Path(args.model).name if Path(args.model).is_dir() else args.model, task=task)
 
     def same(self, method): return {k: v for k,v in self.plan.items() if method != 'dense' or k in SHARED} | (dict(shares=self.shares) if method == FAMILY else {})
@@ -246,7 +247,7 @@ def main():
     parser.add_argument('--seeds', type=int, default=1)
     parser.add_argument('--first', type=int, default=0, help='the first seed')
     for name, default, kind, what in (('length', 256, int, 'tokens of a window in training'), ('batch', 4, int, 'windows of a step'), ('steps', 100, int, 'of recovery, for every method'), ('lr', 3e-4, float, 'of recovery'), ('hidden', 0.3, float, 'weight of hidden states in recovery'),
-            ('dense-steps', 100, int, 'of the dense model'), ('dense-lr', 5e-5, float, 'of the dense model'), ('looks', 16, int, 'windows that appraisers see'), ('block', 32, int, 'neurons of an agent'),
+            ('dense-steps', 100, int, 'of the dense model'), ('dense-lr', 5e-5, float, 'of the dense model'), ('looks', 16, int, 'windows that appraisers see'), ('refit', 64, int, 'windows that a repair fits'), ('block', 32, int, 'neurons of an agent'),
             ('context', 1024, int, 'tokens seen at once, in the test'), ('stride', 512, int, 'tokens between windows, in the test'), ('held-tokens', 5000, int, 'of the text for choices'), ('windows', 1, int, 'scored at once')):
         parser.add_argument(f'--{name}', type=kind, default=default, help=f'{what} ({default})')
     parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'), help='of products in training and appraisal; tests are in float32')
