@@ -14,7 +14,9 @@ neurons leave and embeddings stay (21 % of SmolLM2-135M), so layers have to lose
 `economy` lets Taylor and Fisher values at several rates of exchange compete in trials of an eighth and a quarter of the steps; the others choose once. `repair` is Fisher with a share of what agents write, and a least-squares refit before recovery. `any-price` is one checkpoint for all shares, trained for as many steps as specialists for all of them take together, each step at a share by lot. `dense:more` is the dense
 model with the same recovery steps, by which one may compare as well. Token embeddings are frozen throughout. 'smollm2' is instruction-tuned and was dequantised from 4 bits: see `note`. With --steps 0 there is no recovery.
 
-On two slow cores (1.5 s for 256 tokens of SmolLM2): --test-tokens 20000 --context 512 --stride 512 --steps 60 --dense-steps 60 --threads 1, some hours for three budgets. On a graphics card: --windows 8.
+A repair learns from more windows (--refit) than appraisers look at: they are cheap, three passes forward, and what it needs to know is more. With --dtype bfloat16 products are made in bfloat16, in all but the tests; weights and their updates stay in float32.
+
+On two slow cores: --batch 2 --dtype bfloat16 --lr 1e-3 --refit 96 --test-tokens 20000 --context 512 --stride 512 --steps 60 --dense-steps 120 --threads 1, some ten minutes a run. --refit 96 holds 6 GB. On a graphics card: --windows 8.
 """
 import argparse
 import copy
