@@ -72,22 +72,31 @@ class _Replay:
         def place(site): # Its list of layers, and its number there
             found = None if site.part.repeats else re.match(r'(.*?)\.(\d+)\.', names[site.out])
             return (economy.model.get_submodule(found[1]), int(found[2])) if found else (None, 0)
-        self.places, self.given, self.batch = [place(s) for s in economy.sites], {}, 0  # what layers gave for each batch
+        self.places, self.batch = [place(s) for s in economy.sites], 0
+        self.given = {}  # of each list: how many of its layers are done, and what the last of them gave for each batch
 
     def each(self, batches): # So that it is known which one is running
         for self.batch, x in enumerate(batches): yield x
 
     @contextmanager
     def below(self, number): # Of the site that is to be watched; those after it have not been
-        layers, place = self.places[number]
-        def replayed(*args, given, **kwargs): return given[self.batch]
         with ExitStack() as stack:
-            for layer, given in self.given.items():
+            def patch(layer, forward):
                 own = layer.__dict__.get('forward')
-                layer.forward = partial(replayed, given=given)
                 stack.callback(partial(setattr, layer, 'forward', own) if own else partial(delattr, layer, 'forward'))
-            new = {layer: [] for layer in list(layers or ())[:place] if layer not in self.given}
-            for layer, given in new.items(): stack.callback(layer.register_forward_hook(lambda _, x, y, given=given: given.append(y)).remove)
+                layer.forward = forward
+            def record(layer, given):
+                run = layer.forward
+                def recorded(*args, **kwargs):
+                    given.append(run(*args, **kwargs))
+                    return given[-1]
+                patch(layer, recorded)
+            done = {layers: len(layers) for layers,_ in self.places[:number] if layers is not None}  # as an encoder, once the decoder's turn has come
+            if self.places[number][0] is not None: done |= dict([self.places[number]])
+            for layers, (n, given) in self.given.items():
+                for layer in list(layers)[:n]: patch(layer, lambda *_, given=given, **__: given[self.batch])
+            new = {layers: (n, []) for layers,n in done.items() if n > self.given.get(layers, (0,))[0]}
+            for layers, (n, given) in new.items(): record(layers[n - 1], given)
             yield
         self.given |= new
 
@@ -133,6 +142,7 @@ def _refit(site, keep, x, y, ridge):
     new = torch.linalg.solve(gram + penalty, x.T @ y + penalty @ old)
     weight[keep] = new.to(weight.dtype)
     if bias: site.out.bias.data = (mean_y - mean_x @ new).to(weight.dtype)
+    torch.clear_autocast_cache()  # of weights as they were
 
 # %% ../nbs/07a_repair.ipynb #fc38ce8a
 def _gap(economy, site, wanted, batches):
@@ -166,7 +176,7 @@ def _refit_all(economy, batches, fit, wanted=None): # From below; `fit(site, kep
 
 def repair(
     economy:Economy, # With hard gates; the output projections of its model are changed
-    batches:Iterable[Mapping|tuple], # Inputs of the model, or pairs of inputs and labels (which are not looked at); some 10,000 tokens are enough
+    batches:Iterable[Mapping|tuple], # Inputs of the model, or pairs of inputs and labels (which are not looked at); some 10,000 tokens, and more for a decoder
     ridge:float=0.1, # Pull towards the present weights, as a share of the features' mean energy
     wanted:list[Wanted]|None=None # From wanted_of_all, if it is there already
     ):
@@ -195,4 +205,5 @@ def rescale(
         if scales.abs().max() > limit: return
         factor = torch.ones(site.n, dtype=weight.dtype, device=weight.device).masked_scatter(agents, scales).repeat_interleave(site.width)
         _weight(site).mul_(factor[:, None].to(site.out.weight.dtype))
+        torch.clear_autocast_cache()
     _refit_all(economy, batches, fit)

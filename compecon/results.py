@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from . import faithfulness, rationality
-from .frontier import read_runs, summarize
+from .frontier import half_interval, read_runs, summarize
 from .scarcity import verdict
 
 # %% ../nbs/16_results.ipynb #b70026c8
@@ -34,7 +34,7 @@ BOOK = [
     Source('contest/runs-firms=false.jsonl', 'what are firms worth?', f'{_ABLATION} --set firms=false'),
     Source('contest/runs-hidden=0.jsonl', 'what is a teacher of hidden states worth?', f'{_ABLATION} --set hidden=0'),
     Source('contest/runs-dropout=true.jsonl', 'what does dropout cost?', f'{_ABLATION} --set dropout=true'),
-    Source('wikitext.jsonl', 'how much perplexity does a decoder lose with its parameters?', 'python experiments/wikitext.py --data DATA --params 0.74 --batch 2 --steps 120 --dense-steps 200 --test-tokens 20000 --context 512 --stride 512'),
+    Source('wikitext.jsonl', 'how much perplexity does a decoder lose with its parameters?', 'python experiments/wikitext.py --data DATA --seeds 3 --methods repair,taylor,any-price --batch 2 --steps 60 --dense-steps 120 --looks 16 --refit 96 --dtype bfloat16 --lr 1e-3 --hidden 0.3 --test-tokens 20000 --context 512 --stride 512'),
     Source('context.jsonl', 'do gates pay that read their input?', 'python experiments/context.py --data DATA'),
     Source('kernels.jsonl', 'what do products over open blocks cost?', 'python benchmarks/sparse.py'),
     Source('latency.jsonl', 'are saved FLOPs saved milliseconds?', 'python benchmarks/latency.py'),
@@ -77,14 +77,15 @@ def ablations(
 # %% ../nbs/16_results.ipynb #604dc333
 def perplexities(
     runs:pd.DataFrame # From read_runs of `wikitext.jsonl`
-    )->pd.DataFrame: # One row for each model, number of `steps` of recovery, budget and method: seeds, shares of the whole model and of its layers that were achieved, mean perplexities, and the mean `loss` relative to the dense model, by the word
-    "How much worse a smaller decoder predicts; raises `ValueError` if runs differ in more than their steps"
+    )->pd.DataFrame: # One row for each model, number of `steps` of recovery, budget and method: seeds, shares of the whole model and of its layers that were achieved, mean perplexities, and the mean `loss` relative to the dense model, by the word, with half of its 95 % interval
+    "How much worse a smaller decoder predicts; raises `ValueError` if runs of a method differ in more than their seeds"
     runs = runs.assign(steps=[p.get('steps', 0) for p in runs.plan], token=[m['token'] for m in runs.metrics], loss=[r['word'] for r in runs.relative])
     keys = ['model', 'task', 'steps', 'budget', 'method']
-    plans = runs.assign(plan=runs.plan.astype(str)).groupby([*keys, 'seed']).plan.nunique()
+    plans = runs.assign(plan=runs.plan.astype(str)).groupby(keys).plan.nunique()
     if (plans > 1).any(): raise ValueError(f'runs of several plans for {plans.idxmax()}: look at them one by one')
     table = runs.drop_duplicates([*keys, 'seed'], keep='last').groupby(keys, sort=False).agg(seeds=('seed', 'nunique'), params=('achieved_params', 'mean'), layers=('achieved_layers', 'mean'), FLOPs=('achieved_flops', 'mean'),
-                                                                              word=('score', 'mean'), token=('token', 'mean'), loss=('loss', 'mean'))
+                                                                              word=('score', 'mean'), token=('token', 'mean'), loss=('loss', 'mean'), half=('loss', 'std'))
+    table['half'] = half_interval(table.half, table.seeds)
     return table.sort_values(['steps', 'budget', 'word'], ascending=[False, False, True]).reset_index()
 
 # %% ../nbs/16_results.ipynb #794f7d14
@@ -144,9 +145,10 @@ def _decoders(runs):
     if runs.empty: return []
     table, res = perplexities(runs), []
     for model, g in table[(table.steps > 0) & ~table.method.str.startswith('dense')].groupby('model', sort=False):
-        g = g[g.steps == g.groupby('budget').steps.transform('max')]
+        family, g = g[g.method == 'any-price'], g[(g.method != 'any-price') & (g.steps == g.groupby('budget').steps.transform('max'))]
+        g = g[g.seeds == g.groupby('budget').seeds.transform('max')]
         best = g.sort_values('loss').drop_duplicates('budget').sort_values('budget', ascending=False)
-        res.append(f'**WikiText-103, {model}.** ' + ' '.join(f'With {_percent(1 - r.params)} fewer parameters word perplexity rises by {_percent(r.loss)} after {r.steps} steps with {r.method}, '
+        res.append(f'**WikiText-103, {model}.** ' + ' '.join(f'With {_percent(1 - r.params)} fewer parameters word perplexity rises by {_percent(r.loss)}' + f' ± {100*r.half:.0f}'*(r.seeds > 1) + f' after {r.steps} steps with {r.method}, '
                    + ('the only method so far' if n == 1 else f'the best of {n}') + f' ({r.seeds} seed{"s"*(r.seeds > 1)}).' for r in best.itertuples() for n in [(g.budget == r.budget).sum()]))
     return res
 

@@ -1,4 +1,4 @@
-"""How much perplexity does a decoder lose when it loses a quarter, a half, two thirds of its parameters? Every method from the same tuned dense model, with the same looks and the same recovery.
+"""How much perplexity does a decoder lose when it loses a quarter, a half, two thirds of its parameters? Every method from the same tuned dense model, with the same recovery; what each looks at before is in its bill.
 
 Run:  python experiments/wikitext.py --data ../shared/data [--model smollm2] [--params 0.74,0.52,0.33] [--methods economy,repair,taylor,fisher,magnitude] [--seeds 1]
 
@@ -11,7 +11,8 @@ the first --test-tokens of it (as WikiText counts: words and ends of lines), all
 Parameters. A share is one of the *whole* model, embeddings included, as in SIMPLE (Tao et al. 2023), whose figures for GPT-2 are 14.23 dense, and 15.10, 16.51, 19.08 at 0.74, 0.52, 0.33. SIMPLE narrows the residual stream, and embeddings with it; here heads and
 neurons leave and embeddings stay (21 % of SmolLM2-135M), so layers have to lose more. --without-embeddings takes the share of the layers' parameters only. `achieved` is the share that was asked for, `achieved_params` and `achieved_layers` are both.
 
-`economy` lets Taylor and Fisher values at several rates of exchange compete in trials of an eighth and a quarter of the steps; the others choose once. `repair` is Fisher with a share of what agents write, and a least-squares refit before recovery. `any-price` is one checkpoint for all shares, trained for as many steps as specialists for all of them take together, each step at a share by lot. `dense:more` is the dense
+`economy` lets Taylor and Fisher values at several rates of exchange compete in trials of an eighth and a quarter of the steps; the others choose once. `repair` is Fisher with a share of what agents write, and a least-squares refit before recovery. `any-price` is one checkpoint for all shares: the same values without a refit,
+and as many steps as specialists for all shares take together, each at a share by lot. `dense:more` is the dense
 model with the same recovery steps, by which one may compare as well. Token embeddings are frozen throughout. 'smollm2' is instruction-tuned and was dequantised from 4 bits: see `note`. With --steps 0 there is no recovery.
 
 A repair learns from more windows (--refit) than appraisers look at: they are cheap, three passes forward, and what it needs to know is more. With --dtype bfloat16 products are made in bfloat16, in all but the tests; weights and their updates stay in float32.
@@ -20,6 +21,8 @@ On two slow cores: --batch 2 --dtype bfloat16 --lr 1e-3 --refit 96 --test-tokens
 """
 import argparse
 import copy
+import hashlib
+import json
 import math
 import random
 import re
@@ -86,7 +89,8 @@ class Bench:
         self.batches = lm_batches(ids, args.length, args.batch, seed)
         shuffled = lm_batches(ids, args.length, args.batch, 1000 + seed)
         self.looks, self.refit = (shuffled[:max(1, n//args.batch)] for n in (args.looks, args.refit))
-        self.dtype, self.family = getattr(torch, args.dtype), None
+        self.dtype, self.family = None if args.dtype == 'float32' else getattr(torch, args.dtype), None
+        self.held_windows = len(encode(tokenizer, self.clean(self.held) if self.clean else self.held))/args.length
 
     def prepare(self):
         for e in (self.dense.get_input_embeddings(), self.dense.get_output_embeddings()):
@@ -94,7 +98,7 @@ class Bench:
         self.flops = partial(count_flops, input_ids=torch.ones(1, self.args.length, dtype=torch.long, device=next(self.dense.parameters()).device))
         return self
 
-    def casting(self): return torch.autocast(self.args.device, self.dtype, enabled=self.dtype is not torch.float32, cache_enabled=False) # a repair changes weights meanwhile
+    def casting(self): return torch.autocast(torch.device(self.args.device).type, self.dtype, enabled=self.dtype is not None)
     def tune(self, model, steps, lr): return tune(model, self.batches, steps, lr, seed=self.seed, dtype=self.dtype)
     def recover(self, model, steps, seed=0, before=None): return tune(model, self.batches, steps, self.args.lr, self.dense, seed=seed + self.seed, hidden=self.args.hidden, dtype=self.dtype, before=before)
     def held_out(self, model): return perplexity(model, self.tokenizer, self.held, self.args.length, self.args.length, self.clean, self.args.windows)
@@ -128,7 +132,10 @@ def compete(bench, share):
     def train(model, r):
         bench.recover(model.to(device), rounds[r], seed=4000 + r)
         spent.append(rounds[r]*bench.args.batch*(3*bench.flops(model) + bench.flops(bench.dense)))
-    table = tournament({name: partial(copy.deepcopy, made[name]) for name in made}, train, lambda model: math.log(bench.held_out(model)['token']))
+    def judge(model):
+        spent.append(bench.held_windows*bench.flops(model))
+        return math.log(bench.held_out(model)['token'])
+    table = tournament({name: partial(copy.deepcopy, made[name]) for name in made}, train, judge)
     return made[table.index[0]].to(device), 3*looks*len(bench.looks)*bench.args.batch*bench.flops(bench.dense) + sum(spent), table
 
 
@@ -157,17 +164,27 @@ def choose(bench, method, share):
     return small, 3*looks*bench.args.batch*bench.flops(bench.dense), {}
 
 
-def train_family(bench, shares):
-    "One checkpoint for all shares, each step at one of them by lot, with the steps that as many specialists take together; its economy, and training FLOPs"
-    economy, steps, rng, opened = founded(bench, 'fisher'), bench.args.steps*len(shares), random.Random(bench.seed), []
+def train_family(bench, shares, file):
+    "The economy of one checkpoint for all shares, from a file or trained now, each step at a share by lot; training seconds and FLOPs"
+    if file.is_file():
+        economy, kept = Economy(copy.deepcopy(bench.dense), tokens=bench.args.length, block=bench.args.block), torch.load(file)
+        economy.model.load_state_dict(kept['model'])
+        economy.log_values.data = kept['log_values'].to(economy.log_values.device)
+        return economy, kept['seconds'], kept['flops']
+    start, steps, rng, opened = time.perf_counter(), bench.args.steps*len(shares), random.Random(bench.seed), []
+    economy = founded(bench, 'fisher')
     economy.valuations = mixture(economy, bench)
     for share in shares:
         allocate(economy, bench.budget(share))
         opened.append(economy.open.float())
     def before(_): economy.forced = rng.choice(opened)
+    values = economy.log_values.data.clone()
     bench.recover(economy.model, steps, seed=3000, before=before)
-    economy.forced = None
-    return economy, bench.args.batch*(3*(2 + 1/3)*len(bench.looks) + 4*steps)*bench.flops(bench.dense)
+    economy.forced, economy.log_values.data = None, values
+    seconds, flops = time.perf_counter() - start, bench.args.batch*(3*(2 + 1/3)*len(bench.looks) + 4*steps)*bench.flops(bench.dense)
+    torch.save(dict(model=economy.model.state_dict(), log_values=values, seconds=seconds, flops=flops), part := file.with_suffix('.part'))
+    part.replace(file)
+    return economy, seconds, flops
 
 
 def measure(bench, model, dense=None):
@@ -189,7 +206,7 @@ class Log:
         keys = *SHARED, 'steps', 'lr', 'hidden', 'looks', 'refit', 'block', 'held_tokens', 'without_embeddings'
         self.plan = {k: getattr(args, k) for k in keys if k not in ('model', 'task')} | dict(model=Path(args.model).name if Path(args.model).is_dir() else args.model, task=task)
 
-    def same(self, method): return {k: v for k,v in self.plan.items() if method != 'dense' or k in SHARED} | (dict(shares=self.shares) if method == FAMILY else {})
+    def same(self, method): return {k: v for k,v in self.plan.items() if (method != 'dense' or k in SHARED) and (method == 'repair' or k != 'refit')} | (dict(shares=self.shares) if method == FAMILY else {})
     def runs(self):
         runs = read_runs(self.file)
         return runs[[p == self.same(m) for p,m in zip(runs.plan, runs.method)]] if 'plan' in runs else runs
@@ -224,8 +241,8 @@ def run(bench, log, method, share, dense, shares):
     "Choose, settle, recover, measure, record; the checkpoint for all shares is trained once, and each of its records has the whole bill"
     start, args, more = time.perf_counter(), bench.args, {}
     if method == FAMILY:
-        if bench.family is None: bench.family = *train_family(bench, shares), time.perf_counter() - start
-        economy, flops, seconds = bench.family
+        if bench.family is None: bench.family = train_family(bench, shares, Path(args.out)/'models'/f"family-{hashlib.sha1(json.dumps([log.same(FAMILY), bench.seed]).encode()).hexdigest()[:8]}.pt")
+        economy, seconds, flops = bench.family
         allocate(economy, bench.budget(share))
         small, steps = settle(economy), args.steps*len(shares)
     else:
@@ -259,7 +276,7 @@ def main():
     parser.add_argument('--threads', type=int)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     args = parser.parse_args()
-    methods, shares = args.methods.split(','), [float(p) for p in args.params.split(',')]
+    methods, shares = args.methods.split(','), sorted({float(p) for p in args.params.split(',')}, reverse=True)
     if unknown := set(methods) - set(METHODS): parser.error(f'unknown methods {", ".join(unknown)}: there are {", ".join(METHODS)}')
     if not all(0 < p <= 1 for p in shares): parser.error(f'--params {args.params}: shares are in (0, 1]')
     logging.set_verbosity_error(); logging.disable_progress_bar(); warnings.filterwarnings('ignore')
@@ -278,7 +295,7 @@ def main():
         print(f"seed {seed} dense: {dense['score']:.2f} by the word, {dense['metrics']['token']:.2f} by the token, on {dense['metrics']['words']} words; held out {dense['held_out']:.2f}", flush=True)
         for _, method, share in (t for t in todo if t[0] == seed and t[1] != 'dense'):
             found = run(bench, log, method, share, dense, shares)
-            print(f"seed {seed} {method} at {share}: {found['score']:.2f} ({found['relative']['word']:+.1%} by the word, {found['relative']['token']:+.1%} by the token), layers {found['achieved_layers']:.3f}, FLOPs {found['achieved_flops']:.3f}, {found['train_seconds']:.0f} s", flush=True)
+            print(f"seed {seed} {method} at {share}: {found['score']:.2f} ({found['relative']['word']:+.1%} by the word, {found['relative']['token']:+.1%} by the token), held out {found.get('held_out_before', math.nan):.2f} before recovery, {found['held_out']:.2f} after, layers {found['achieved_layers']:.3f}, FLOPs {found['achieved_flops']:.3f}, {found['train_seconds']:.0f} s", flush=True)
     runs = log.runs()
     runs = runs[[(s, m, p) in wanted for s,m,p in zip(runs.seed, runs.method, runs.budget)]] if len(runs) else runs
     if len(runs): print(runs.assign(token=[m['token'] for m in runs.metrics], loss=[r['word'] for r in runs.relative])[['seed', 'budget', 'method', 'achieved_params', 'score', 'token', 'loss', 'dense']].sort_values(['budget', 'seed', 'score']).to_markdown(index=False, floatfmt='.3f'))
