@@ -34,7 +34,7 @@ BOOK = [
     Source('contest/runs-firms=false.jsonl', 'what are firms worth?', f'{_ABLATION} --set firms=false'),
     Source('contest/runs-hidden=0.jsonl', 'what is a teacher of hidden states worth?', f'{_ABLATION} --set hidden=0'),
     Source('contest/runs-dropout=true.jsonl', 'what does dropout cost?', f'{_ABLATION} --set dropout=true'),
-    Source('wikitext.jsonl', 'how much perplexity does a decoder lose with its parameters?', 'python experiments/wikitext.py --data DATA --seeds 3 --methods repair,taylor,any-price --batch 2 --steps 60 --dense-steps 120 --looks 16 --refit 96 --dtype bfloat16 --lr 1e-3 --hidden 0.3 --test-tokens 20000 --context 512 --stride 512'),
+    Source('wikitext.jsonl', 'how much perplexity does a decoder lose with its parameters?', 'python experiments/wikitext.py --data DATA --seeds 3 --methods repair --batch 2 --steps 60 --dense-steps 120 --refit 96 --dtype bfloat16 --lr 2e-4 --test-tokens 20000 --context 512 --stride 512 (and --methods taylor --lr 3e-4)'),
     Source('context.jsonl', 'do gates pay that read their input?', 'python experiments/context.py --data DATA'),
     Source('kernels.jsonl', 'what do products over open blocks cost?', 'python benchmarks/sparse.py'),
     Source('latency.jsonl', 'are saved FLOPs saved milliseconds?', 'python benchmarks/latency.py'),
@@ -150,6 +150,7 @@ def _decoders(runs):
         best = g.sort_values('loss').drop_duplicates('budget').sort_values('budget', ascending=False)
         res.append(f'**WikiText-103, {model}.** ' + ' '.join(f'With {_percent(1 - r.params)} fewer parameters word perplexity rises by {_percent(r.loss)}' + f' ± {100*r.half:.0f}'*(r.seeds > 1) + f' after {r.steps} steps with {r.method}, '
                    + ('the only method so far' if n == 1 else f'the best of {n}') + f' ({r.seeds} seed{"s"*(r.seeds > 1)}).' for r in best.itertuples() for n in [(g.budget == r.budget).sum()]))
+        if len(family): res[-1] += ' One checkpoint for all: ' + ', '.join(f'{_percent(r.loss)} with {_percent(1 - r.params)} fewer' for r in family.sort_values('budget', ascending=False).itertuples()) + '.'
     return res
 
 # %% ../nbs/16_results.ipynb #54a84e52
