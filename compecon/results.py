@@ -38,7 +38,7 @@ BOOK = [
     Source('context.jsonl', 'do gates pay that read their input?', 'python experiments/context.py --data DATA'),
     Source('kernels.jsonl', 'what do products over open blocks cost?', 'python benchmarks/sparse.py'),
     Source('latency.jsonl', 'are saved FLOPs saved milliseconds?', 'python benchmarks/latency.py'),
-    Source('generation.jsonl', 'how fast does a settled decoder write?', 'python benchmarks/generation.py'),
+    Source('generation.jsonl', 'how fast does a settled decoder write?', 'python benchmarks/generation.py --threads 1'),
     Source('scarcity.jsonl', 'where does attention go when it gets scarce?', 'python experiments/scarcity.py --data DATA'),
     Source('rationality.jsonl', 'is it an economy?', 'python experiments/rationality.py --data DATA'),
     Source('faithfulness.jsonl', 'is its attention more faithful?', 'python experiments/faithfulness.py --data DATA')]
@@ -154,6 +154,12 @@ def _decoders(runs):
     return res
 
 # %% ../nbs/16_results.ipynb #54a84e52
+def _generation(records):
+    if records.empty: return []
+    last = records.drop_duplicates(['device', 'model', 'budget'], keep='last')
+    last = last[(last.device == last.device.iloc[-1]) & (last.budget < 1)].sort_values('budget', ascending=False)
+    return [f'**Generation** ({last.device.iloc[0]}, {last.model.iloc[0]}, one sequence). ' + ', '.join(f'With {_percent(1 - r.budget)} fewer parameters {r.speed_ratio:.2f} times the tokens a second, the first after {r.first_token_ratio:.2f} of the time' for r in last.itertuples()).replace(', With', '; with') + '.']
+
 SERVED = {'settled and packed': 'settled, packed', 'with int8 weights': 'settled, packed:int8', 'in eager torch': 'settled', 'opened by a router for each sequence': 'packed, router'}
 
 def _times(kernels):
@@ -184,7 +190,7 @@ def headlines(
     )->list[str]: # Sentences in Markdown
     "What the records say, in numbers; files that are not there are left out"
     def records(name): return read_runs(Path(folder)/f'{name}.jsonl')
-    return [*_trained(records('contest/runs')), *_untrained(records('contest/runs-epochs=0')), *_decoders(records('wikitext')), *_times(records('kernels')), *_efficiency(records('latency')),
+    return [*_trained(records('contest/runs')), *_untrained(records('contest/runs-epochs=0')), *_decoders(records('wikitext')), *_generation(records('generation')), *_times(records('kernels')), *_efficiency(records('latency')),
             *_claims(*(records(name) for name in ('scarcity', 'rationality', 'faithfulness')))]
 
 # %% ../nbs/16_results.ipynb #79834b33
