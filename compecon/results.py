@@ -158,7 +158,7 @@ def _generation(records):
     if records.empty: return []
     last = records.drop_duplicates(['device', 'model', 'budget'], keep='last')
     last = last[(last.device == last.device.iloc[-1]) & (last.budget < 1)].sort_values('budget', ascending=False)
-    return [f'**Generation** ({last.device.iloc[0]}, {last.model.iloc[0]}, one sequence). ' + ', '.join(f'With {_percent(1 - r.budget)} fewer parameters {r.speed_ratio:.2f} times the tokens a second, the first after {r.first_token_ratio:.2f} of the time' for r in last.itertuples()).replace(', With', '; with') + '.']
+    return [f'**Generation** ({last.device.iloc[0]}, {last.model.iloc[0]}, one sequence). ' + ' '.join(f'With {_percent(1 - r.budget)} fewer parameters {r.speed_ratio:.2f} times the tokens a second, the first after {r.first_token_ratio:.2f} of the time.' for r in last.itertuples())]
 
 SERVED = {'settled and packed': 'settled, packed', 'with int8 weights': 'settled, packed:int8', 'in eager torch': 'settled', 'opened by a router for each sequence': 'packed, router'}
 

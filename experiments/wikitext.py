@@ -24,6 +24,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 import random
 import re
 import time
@@ -279,6 +280,7 @@ def main():
     methods, shares = args.methods.split(','), sorted({float(p) for p in args.params.split(',')}, reverse=True)
     if unknown := set(methods) - set(METHODS): parser.error(f'unknown methods {", ".join(unknown)}: there are {", ".join(METHODS)}')
     if not all(0 < p <= 1 for p in shares): parser.error(f'--params {args.params}: shares are in (0, 1]')
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1: parser.error('this script runs in one process: several would each do everything. Give each a seed of its own, by --first and --seeds 1')
     logging.set_verbosity_error(); logging.disable_progress_bar(); warnings.filterwarnings('ignore')
     if args.threads: torch.set_num_threads(args.threads)
 
