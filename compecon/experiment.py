@@ -244,7 +244,7 @@ class Bench:
 
 # %% ../nbs/13b_experiment.ipynb #2c01d9b6
 def _looks(method, sites): # Passes forward and backward over the appraisers' samples; a pass forward alone is a third, and a repair takes one to see and three to refit
-    return dict(random=0, magnitude=0, activation=1/3, taylor=1, fisher=1, kwon=1 + (1 + 3)/3, repair=1 + 1/3 + 4*(1 + 3)/3, kprune=1/3 + sites*5/3).get(method, 0)
+    return dict(random=0, magnitude=0, activation=1/3, taylor=1, fisher=1, kwon=1 + (1 + 3)/3, repair=1 + 1/3 + 4*(1 + 3)/3, kprune=sites*4/3 + (1 + 3)/3).get(method, 0)
 
 def _found(bench, method, gate=None):
     "A copy of the dense model with firms, as an economy, and how many looks they took"

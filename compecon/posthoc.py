@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from .callback import distillation_loss
 from .economy import Economy
-from .repair import evaluating, repair, repair_site, rescale, wanted_of_all
+from .repair import evaluating, repair, rescale
 from .valuation import VALUATIONS, activation, appraise, gate_gradients
 
 # %% ../nbs/07c_posthoc.ipynb #4af54d99
@@ -82,17 +82,17 @@ def k_prune(
     )->torch.Tensor: # `(agents,)`: valuations
     "Choose and repair sub-layer by sub-layer, from below (K-prune, Park et al. 2024, arXiv 2308.03449)"
     batches = list(batches)
-    wanted, opened = wanted_of_all(economy, batches), torch.ones(len(economy), dtype=torch.bool, device=economy.log_values.device)
-    decided, start = torch.zeros_like(opened), 0
-    with evaluating(economy.model):
-        for i, site in enumerate(economy.sites):
-            values = knowledge(economy, batches, opened.float(), seed=seed)
-            economy.valuations = torch.where(decided, torch.where(opened, values.max()*2 + values, 0), values)
-            economy.clear(budget)
-            decided[start:start + site.n] = True
-            opened = torch.where(decided, economy.open, True)
-            start += site.n
-            repair_site(economy, i, opened, wanted[i], batches)
+    opened = torch.ones(len(economy), dtype=torch.bool, device=economy.log_values.device)
+    decided = torch.zeros_like(opened)
+    def choose(number):
+        nonlocal opened
+        with evaluating(economy.model): values = knowledge(economy, batches, opened.float(), seed=seed)
+        economy.valuations = torch.where(decided, torch.where(opened, values.max()*2 + values, 0), values)
+        economy.clear(budget)
+        economy.split(decided)[number][:] = True
+        opened = torch.where(decided, economy.open, True)
+        return opened
+    repair(economy, batches, choose=choose)
     return economy.valuations
 
 
@@ -114,17 +114,17 @@ def repaired(
     if not representation: raise ValueError('representation=(): at least one weight')
     batches, costs, outs = list(batches), economy.prices.costs.to(economy.log_values.device), [s.out for s in economy.sites]
     aside, rest = (batches[::4], [b for i,b in enumerate(batches) if i % 4]) if len(batches) > 3 else (batches, batches)
-    wanted, dense, errors = wanted_of_all(economy, rest), [copy.deepcopy(o.state_dict()) for o in outs], {}
-    def candidate(r, samples, wanted=None):
+    dense, errors = [copy.deepcopy(o.state_dict()) for o in outs], {}
+    def candidate(r, samples):
         for o, state in zip(outs, dense): o.load_state_dict(state)
         economy.valuations = shares[0] + r*shares[1]
         economy.clear(budget)
-        repair(economy, samples, wanted=wanted)
+        repair(economy, samples)
     with evaluating(economy.model):
         with torch.no_grad(), economy.forcing(torch.ones(len(economy), device=costs.device)): whole = [economy.model(**_inputs(economy, x)).logits for x,_ in aside]
         shares = [v/(v*costs).sum() for v in (appraise(economy, 'fisher', batches, loss_func).clone(), activation(economy, batches))]
         for r in representation:
-            candidate(r, rest, wanted)
+            candidate(r, rest)
             errors[r] = _error(economy, aside, whole)
         candidate(min(errors, key=errors.get), batches)
     economy.clear(budget)
