@@ -1,6 +1,7 @@
 """Do gates that read their input beat gates that do not? Both at the same audited budget, on the same dense model, with the same training.
 
 Run:  python experiments/context.py --data ../shared/data [--task cola|stsb] [--budgets 0.4,0.2] [--seeds 3] [--methods contextual,static]
+or:   accelerate launch --multi_gpu --num_processes 2 experiments/context.py --data ../shared/data ..., with a GPU or without: the processes share out the seeds, and give what one gives; the last to end shows everything
 
 Every run is a line of RECORDS (results/context.jsonl) as soon as it ends; run again, it goes on where it was. Dense models and their records are
 those of benchmarks/contest.py, in OUT (results/contest), and are made if they are not there.
@@ -13,6 +14,7 @@ import copy
 import math
 import time
 import warnings
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from compecon.context import ContextualEconomy, ContextualMarket, calibrate, spr
 from compecon.economy import Economy
 from compecon.experiment import TASKS, Bench, Plan, RunLog, _prepare, load_dense, load_task, market_epochs, measure
 from compecon.firms import form_firms
+from compecon.frontier import deal
 from compecon.glue import length_sorted, loss_of, tokenize
 from compecon.market import ClearedMarket
 
@@ -92,7 +95,7 @@ def main():
 
     plan = Plan(task=args.task, data=args.data, budgets=tuple(float(b) for b in args.budgets.split(',')), seeds=args.seeds, first=args.first)
     task, log, dense_log = TASKS[plan.task], RunLog(args.records, plan), RunLog(Path(args.out)/'runs.jsonl', plan)
-    todo = [(s, m, b) for s in range(plan.first, plan.first + plan.seeds) for b in plan.budgets for m in methods if log.find(m, s, b) is None]
+    todo = deal([(s, m, b) for s in range(plan.first, plan.first + plan.seeds) for b in plan.budgets for m in methods if log.find(m, s, b) is None], itemgetter(0))
     if todo:
         _, tokenizer = load_dense(plan.model, task)
         samples = {k: tokenize(task, rows, tokenizer)[:args.samples] for k,rows in load_task(plan.task, plan.data).items()}

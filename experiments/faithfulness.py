@@ -1,6 +1,7 @@
 """Is attention more faithful after economic training than before it, and than after post-hoc pruning retrained to the same budget?
 
 Run:  python experiments/faithfulness.py --data ../shared/data [--task stsb,cola] [--budgets 0.4,0.2] [--seeds 3] [--methods cleared,taylor]
+or:   accelerate launch --multi_gpu --num_processes 2 experiments/faithfulness.py --data ../shared/data ..., with a GPU or without: the processes share out the seeds, and give what one gives; the last to end shows everything
 
 Every model that is examined is a line of RECORDS (results/faithfulness.jsonl) as soon as it is done; run again, it goes on where it was. Models are
 those of benchmarks/contest.py, in OUT (results/contest/models): dense ones and settled ones are read where they are on disk, and otherwise trained as
@@ -23,7 +24,7 @@ from transformers.utils import logging
 from compecon.clock import now, package_versions, provenance
 from compecon.experiment import METHODS, TASKS, Bench, Plan, RunLog, _folder, _prepare, evaluate, load_dense, load_task, train_run
 from compecon.faithfulness import ATTRIBUTIONS, BINS, CRITERIA, compare, conclude, examine, verdicts
-from compecon.frontier import append_line, read_runs
+from compecon.frontier import append_line, deal, read_runs
 from compecon.glue import length_sorted, tokenize
 from compecon.settle import save
 
@@ -78,7 +79,7 @@ def main():
     if args.samples and (Path(args.out) == Path(OUT) or Path(args.records) == Path(RECORDS)): parser.error('--samples would mix a try with results: name another --out and --records')
     logging.set_verbosity_error(); logging.disable_progress_bar(); warnings.filterwarnings('ignore')
     if args.threads: torch.set_num_threads(args.threads)
-    models, where = Path(args.out)/'models', provenance(default_device())
+    models, where, mine = Path(args.out)/'models', provenance(default_device()), deal(range(args.first, args.first + args.seeds), int)
     where['versions'] |= package_versions('captum', 'scipy')
 
     for name in tasks:
@@ -86,7 +87,7 @@ def main():
         log, how = RunLog(Path(args.out)/'runs.jsonl', plan), dict(asked=args.sentences, fewest=args.fewest, draws=args.draws, steps=args.steps, bins=list(BINS))
         def key(method, seed, budget): return dict(model=plan.model, task=name, method=method, seed=seed, budget=budget, plan=plan.same(method), **how)
         done = read_runs(args.records).to_dict('records')
-        runs = [key(m, s, b) for s in range(plan.first, plan.first + plan.seeds) for m,b in [('dense', 1.)] + [(m, b) for m in methods for b in budgets]]
+        runs = [key(m, s, b) for s in mine for m,b in [('dense', 1.)] + [(m, b) for m in methods for b in budgets]]
         todo = [k for k in runs if not any(asked(r, k) for r in done)]
         if not todo: continue
         _, tokenizer = load_dense(plan.model, task)

@@ -1,6 +1,7 @@
 """Is a fine-tuned model an economy? The tests of compecon.rationality, on the dense models of the contest.
 
 Run:  python experiments/rationality.py --data ../shared/data [--task stsb|cola] [--seeds 3] [--budgets 0.6,0.4] [--methods taylor,fisher,signed]
+or:   accelerate launch --multi_gpu --num_processes 2 experiments/rationality.py --data ../shared/data ..., with a GPU or without: the processes share out the seeds, and give what one gives; the last to end shows everything
 
 Every finding is a line of RECORDS (results/rationality.jsonl) as soon as it is known, one for each task, seed, method, budget and test; run again, it goes on where it was.
 Dense models and their records are those of benchmarks/contest.py, in OUT (results/contest), and are made if they are not there. No weight is changed after the fine-tune: neurons
@@ -17,6 +18,7 @@ import random
 import time
 import warnings
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -27,7 +29,7 @@ from compecon.clock import now, provenance
 from compecon.economy import Economy
 from compecon.experiment import TASKS, Bench, Plan, RunLog, _prepare, load_dense, load_task
 from compecon.firms import form_firms
-from compecon.frontier import read_runs
+from compecon.frontier import deal, read_runs
 from compecon.glue import length_sorted, loss_of, tokenize
 from compecon.rationality import KEY, READINGS, TESTS, WITHOUT_BUDGET, NotAsked, Trial, append_finding, stability, verdicts
 
@@ -96,8 +98,8 @@ def main():
     def key(seed, method, budget, test): return dict(zip(KEY, (plan.model, plan.task, seed, method, budget, test)))
     runs = read_runs(args.records)
     done = {tuple(r) for r in runs[list(KEY)].itertuples(index=False)} if 'test' in runs else set()
-    todo = [(s, m, b, t) for s in seeds for m in methods for t,b in [*((t, b) for b in budgets for t in tests if t not in WITHOUT_BUDGET), *((t, 1.) for t in tests if t in WITHOUT_BUDGET)]
-            if not (t == 'seeds' and len(seeds) < 2) and tuple(key(s, m, b, t).values()) not in done]
+    todo = deal([(s, m, b, t) for s in seeds for m in methods for t,b in [*((t, b) for b in budgets for t in tests if t not in WITHOUT_BUDGET), *((t, 1.) for t in tests if t in WITHOUT_BUDGET)]
+            if not (t == 'seeds' and len(seeds) < 2) and tuple(key(s, m, b, t).values()) not in done], itemgetter(0))
     if todo:
         _, tokenizer = load_dense(plan.model, task)
         samples = {k: tokenize(task, rows, tokenizer) for k,rows in load_task(plan.task, plan.data).items()}

@@ -1,6 +1,7 @@
 """What scarcity does to the attention of a standard model: heads, blocks or tokens are taken away, by value and by lot, and attention is compared with what tokens are worth.
 
 Run:  python experiments/scarcity.py --data ../shared/data [--task stsb|cola|mnli|wikitext] [--seeds 3] [--shares 0.8,0.6,0.4,0.2,0.1]
+or:   accelerate launch --multi_gpu --num_processes 2 experiments/scarcity.py --data ../shared/data ..., with a GPU or without: the processes share out the seeds, and give what one gives; the last to end shows everything
 
 Every line of RECORDS (results/scarcity.jsonl) is one kind of scarcity at one share, for one task and seed, as compecon.scarcity.impose describes it, written as soon as it is known; run again, it goes on
 where it was. A line of kind 'none' says how the model attends before anything is scarce, how far attention agrees with the value of tokens, and how far deletion and integrated gradients agree with each
@@ -13,6 +14,7 @@ import math
 import random
 import warnings
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ from transformers.utils import logging
 from compecon.clock import provenance
 from compecon.economy import Economy
 from compecon.experiment import MINILM, TASKS, Bench, Plan, RunLog, _prepare, load_dense, load_task
-from compecon.frontier import append_line, read_runs
+from compecon.frontier import append_line, deal, read_runs
 from compecon.glue import length_sorted, loss_of, score, tokenize
 from compecon.scarcity import KINDS, MEASURES, SHARES, content_tokens, deletion_values, impose, integrated_gradients, interval, observe, rank_correlation
 from compecon.valuation import taylor
@@ -91,7 +93,7 @@ def main():
     plan = Plan(model=SMOLLM2 if lm else MINILM, task='cola' if lm else args.task, data=args.data, seeds=args.seeds, first=args.first, epochs=0, methods=('taylor',))
     shares, done = [float(s) for s in args.shares.split(',')], read_runs(args.records).to_dict('records')
     wanted = [dict(task=args.task, model=plan.model, seed=s, kind=k, share=h, sentences=args.sentences, **(dict(length=args.length) if lm else {})) for s in range(plan.first, plan.first + plan.seeds) for k,h in [('none', 1.), *((k, h) for k in KINDS for h in shares)]]
-    todo = [w for w in wanted if not any(all(d.get(k) == v for k,v in w.items()) for d in done)]
+    todo = deal((w for w in wanted if not any(all(d.get(k) == v for k,v in w.items()) for d in done)), itemgetter('seed'))
     if not todo: return print('all is done')
     if lm: text = detokenize(load_wikitext(args.data, splits=('validation',))['validation'])
     else:

@@ -1,6 +1,7 @@
 """How much perplexity does a decoder lose when it loses a quarter, a half, two thirds of its parameters? Every method from the same tuned dense model, with the same recovery; what each looks at before is in its bill.
 
 Run:  python experiments/wikitext.py --data ../shared/data [--model smollm2] [--params 0.74,0.52,0.33] [--methods economy,repair,taylor,fisher,magnitude] [--seeds 1]
+or:   accelerate launch --multi_gpu --num_processes 2 experiments/wikitext.py --data ../shared/data ..., with a GPU or without: the processes share out the seeds, and give what one gives; the last to end shows everything
 
 Every run is a line of RECORDS (results/wikitext.jsonl) as soon as it ends; run again, it goes on where it was. Dense models are kept in OUT (results/wikitext/models).
 
@@ -24,12 +25,12 @@ import copy
 import hashlib
 import json
 import math
-import os
 import random
 import re
 import time
 import warnings
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ from compecon.economy import Economy
 from compecon.exchange import exchange, tournament
 from compecon.firms import form_firms
 from compecon.flops import count_flops, latency
-from compecon.frontier import append_run, read_runs
+from compecon.frontier import append_run, deal, read_runs
 from compecon.repair import repair
 from compecon.settle import save, settle
 from compecon.tariff import allocate
@@ -280,13 +281,12 @@ def main():
     methods, shares = args.methods.split(','), sorted({float(p) for p in args.params.split(',')}, reverse=True)
     if unknown := set(methods) - set(METHODS): parser.error(f'unknown methods {", ".join(unknown)}: there are {", ".join(METHODS)}')
     if not all(0 < p <= 1 for p in shares): parser.error(f'--params {args.params}: shares are in (0, 1]')
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1: parser.error('this script runs in one process: several would each do everything. Give each a seed of its own, by --first and --seeds 1')
     logging.set_verbosity_error(); logging.disable_progress_bar(); warnings.filterwarnings('ignore')
     if args.threads: torch.set_num_threads(args.threads)
 
     log = Log(args, 'python' if args.data == 'python' else 'wikitext-103' + '-raw'*args.raw, shares)
     wanted = [(s, m, p) for s in range(args.first, args.first + args.seeds) for m,p in [('dense', 1.)] + [(m, 1.) for m in methods if m == 'dense:more'] + [(FAMILY, p) for p in shares if FAMILY in methods] + [(m, p) for p in shares for m in methods if m not in (FAMILY, 'dense:more')]]
-    todo = [w for w in wanted if log.find(w[1], w[0], w[2]) is None]
+    todo = deal([w for w in wanted if log.find(w[1], w[0], w[2]) is None], itemgetter(0))
     if todo:
         read = texts(args)
         pretrained, tokenizer = load_decoder(args.model)
