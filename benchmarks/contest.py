@@ -2,7 +2,7 @@
 
 Run:  python benchmarks/contest.py --data DATA [--tasks stsb,cola] [--budgets 0.2,0.1] [--seeds 3] [--methods ...]
 
-Every run is a line of OUT/runs.jsonl as soon as it ends; run again, it goes on where it was. Two processes may work on two tasks at once.
+Every run is a line of OUT/runs.jsonl as soon as it ends; run again, it goes on where it was. It may be started twice, with a task for each.
 An ablation is the same with a field of the plan changed, as in `--set firms=false`, `--set hidden=0`, or `--methods repair,kprune --set epochs=0`;
 its lines go to a file of their own, OUT/runs-FIELD=VALUE.jsonl, and its runs start from the same dense models.
 """

@@ -161,8 +161,8 @@ def load_task(
 
 # %% ../nbs/13b_experiment.ipynb #f72d2a31
 ECONOMY = 'economy' # Candidates of several appraisers, at several rates of exchange between heads and neurons, in a tournament
-ENTRANTS = [('taylor', r) for r in (1, 2, 4, 8)] + [('fisher', r*r) for r in (1, 2, 4, 8)] # Fisher values are squares
-MARKETS = { # name: budget -> market, its gate
+ENTRANTS = [('taylor', r) for r in (1, 2, 4, 8)] + [('fisher', r*r) for r in (1, 2, 4, 8)] # Fisher values are squares of gradients, so a rate of r becomes r*r
+MARKETS = { # name: budget -> market, its gate; `cofi` is Xia et al. 2022 (arXiv 2204.00408), `lottery` the same dice in a market that clears, `ddp` arXiv 2508.10426
     'measured': lambda budget: (MeasuredMarket(budget), None),
     'cleared': lambda budget: (ClearedMarket(budget), None),
     'lottery': lambda budget: (ClearedMarket(budget, close=0.9), HardConcreteGate()),
@@ -179,7 +179,7 @@ class Plan:
     "A frontier experiment; raises `ValueError` if it cannot be"
     model: str=MINILM       # 'minilm', a folder, or a name on the hub
     task: str='agreement'   # A name in TASKS
-    data: str|None=None     # Folder with `glue/<task>/<split>.jsonl`; the hub if `None`
+    data: str|None=None     # Folder with `glue/<task>/<split>.jsonl`; the hub if `None`. As it is spelled, it is part of what makes two runs the same
     budgets: tuple[float,...]=(0.4, 0.2) # Shares of the dense model's FLOPs
     seeds: int=1            # How many
     first: int=0            # The first of them; the others follow

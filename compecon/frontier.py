@@ -63,10 +63,10 @@ def deal(
     todo:Iterable, # What is to be done
     seed:Callable # `seed(t)` of one of them
     )->list: # This process's part: what belongs to every n-th seed; everything, if no launcher started several
-    "Share out runs among the processes of a launcher; it is not told to those who are asked later, and each has a GPU of its own where there are several"
+    "Share out runs among the processes of a launcher. Its variables leave the environment, so that whoever asks later (fastai) hears that it is alone; each process has a GPU of its own where there are several"
     rank, n, place = (int(os.environ.pop(k, d)) for k,d in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
     if n > 1 and torch.cuda.is_available(): torch.cuda.set_device(place % torch.cuda.device_count())
-    return [t for t in todo if seed(t) % n == rank]
+    return [t for t in todo if seed(t) % n == rank % n]
 
 # %% ../nbs/10_frontier.ipynb #c5216b8c
 def half_interval(

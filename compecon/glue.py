@@ -39,18 +39,19 @@ class Task:
     metrics: dict[str,Callable] # `metric(predictions, labels)`; the first is the score
     validation: str='validation' # Name of the split to evaluate on
     max_length: int=128     # Tokens; longer texts are cut
+    labels: tuple[str,...]=() # Names of the classes, from class 0 on
     more: tuple[str,...]=() # More splits to evaluate on, which a folder may lack; 'validation_x' has metrics 'accuracy_x', ...
 
 GLUE = {t.name: t for t in (
-    Task('cola', ('sentence',), 2, dict(matthews=_matthews)),
+    Task('cola', ('sentence',), 2, dict(matthews=_matthews), labels=('unacceptable', 'acceptable')),
     Task('stsb', ('sentence1', 'sentence2'), 1, dict(spearman=_spearman, pearson=_pearson)),
-    Task('mnli', ('premise', 'hypothesis'), 3, dict(accuracy=_accuracy), 'validation_matched', more=('validation_mismatched',)),
-    Task('sst2', ('sentence',), 2, dict(accuracy=_accuracy)),
-    Task('mrpc', ('sentence1', 'sentence2'), 2, dict(f1=_f1, accuracy=_accuracy)),
-    Task('qqp', ('question1', 'question2'), 2, dict(f1=_f1, accuracy=_accuracy)),
-    Task('qnli', ('question', 'sentence'), 2, dict(accuracy=_accuracy)),
-    Task('rte', ('sentence1', 'sentence2'), 2, dict(accuracy=_accuracy)),
-    Task('wnli', ('sentence1', 'sentence2'), 2, dict(accuracy=_accuracy)))}
+    Task('mnli', ('premise', 'hypothesis'), 3, dict(accuracy=_accuracy), 'validation_matched', labels=('entailment', 'neutral', 'contradiction'), more=('validation_mismatched',)),
+    Task('sst2', ('sentence',), 2, dict(accuracy=_accuracy), labels=('negative', 'positive')),
+    Task('mrpc', ('sentence1', 'sentence2'), 2, dict(f1=_f1, accuracy=_accuracy), labels=('not_equivalent', 'equivalent')),
+    Task('qqp', ('question1', 'question2'), 2, dict(f1=_f1, accuracy=_accuracy), labels=('not_duplicate', 'duplicate')),
+    Task('qnli', ('question', 'sentence'), 2, dict(accuracy=_accuracy), labels=('entailment', 'not_entailment')),
+    Task('rte', ('sentence1', 'sentence2'), 2, dict(accuracy=_accuracy), labels=('entailment', 'not_entailment')),
+    Task('wnli', ('sentence1', 'sentence2'), 2, dict(accuracy=_accuracy), labels=('not_entailment', 'entailment')))}
 
 def score(
     task:Task, # Which
@@ -79,8 +80,9 @@ def check_rows(
     for c in wanted:
         if any(v is None for v in rows[c]): raise ValueError(f'{where} has rows without {c}')
     labels = np.asarray(rows['label'])
+    if task.classes == 1 and not (np.issubdtype(labels.dtype, np.number) and np.isfinite(labels).all()): raise ValueError(f'{where} has labels {labels[:5].tolist()}, {task.name} has numbers')
     if task.classes > 1 and not set(np.unique(labels)) <= set(range(task.classes)):
-        raise ValueError(f'{where} has labels {sorted(set(labels.tolist()))[:5]}, {task.name} has 0 to {task.classes-1}')
+        raise ValueError(f'{where} has labels {sorted(set(labels.tolist()))[:5]}, {task.name} has 0 to {task.classes-1}' + f' ({", ".join(task.labels)})'*bool(task.labels))
     return rows
 
 def _from_hub(name, split):

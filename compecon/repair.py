@@ -53,7 +53,6 @@ def _watch(economy, batches, sites, what):
     handles = [s.out.register_forward_hook(partial(written, i)) for i,s in enumerate(sites)] + [m.register_forward_pre_hook(read) for m in norms]
     try:
         for x in batches:
-            x = x[0] if isinstance(x, tuple | list) else x
             x = {k: v.to(device) for k,v in x.items() if k != 'idx'}
             masks = {k: v.bool() for k,v in x.items() if k.endswith('attention_mask')}
             with suppress(_Enough):
@@ -111,6 +110,7 @@ def _adds(economy, batch): # Of each site: does the next norm read what it write
         finally: handle.remove()
         yield ((after - before - more).abs().median() < 0.1).item()
 
+# %% ../nbs/07a_repair.ipynb #0da8acf6
 class _Whole:
     "What every site brings about when everybody is open: what the next norm reads, or what the site writes. Some layers are seen at a time, and with the weights that projections had"
     room = 2**30  # Bytes to be kept at once
@@ -138,30 +138,33 @@ class _Whole:
 
     def look(self, start):
         sites, places, end = self.economy.sites, self.replay.places, start + 1
-        room = self.room/sum(4*b['input_ids'].numel()*_weight(sites[start]).shape[1] for b in self.batches)
-        while end < len(sites) and (end - start < room or places[end] == places[end - 1]): end += 1
+        tokens = sum(b['input_ids'].numel() for b in self.batches)
+        fits = self.room/(4*tokens*_weight(sites[start]).shape[1])  # sites
+        while end < len(sites) and (end - start < fits or places[end] == places[end - 1]): end += 1
         numbers = range(start, end)
         self.seen = {i: [] for i in numbers}
-        with self.everybody(), self.replay.below(start):
-            for seen in _watch(self.economy, self.replay.each(self.batches), sites[start:end], [(2,) if self.adds[i] else (1,) for i in numbers]):
+        watch = closing(_watch(self.economy, self.replay.each(self.batches), sites[start:end], [(2,) if self.adds[i] else (1,) for i in numbers]))
+        with self.everybody(), self.replay.below(start), watch as watched:
+            for seen in watched:
                 for i, (t,) in zip(numbers, seen): self.seen[i].append(t)
 
 
 # %% ../nbs/07a_repair.ipynb #6fb76ad2
 def _weight(site): return site.out.weight.data if isinstance(site.out, Conv1D) else site.out.weight.data.T  # (in, out)
 
-def _sums(pairs, keep):
+def _sums(pairs, keep, exactly):
     "Tokens, and sums over them of x, y, x'x and x'y: of what is read of those who stay, and what should be written"
     sums = 0, 0, 0, 0, 0
     for x, y in pairs:
         x = x[:, keep]
+        if exactly: x, y = x.double(), y.double()
         with torch.autocast(x.device.type, enabled=False): new = len(x), x.sum(0), y.sum(0), x.T @ x, x.T @ y
         sums = [s + (n if isinstance(n, int) else n.double()) for s,n in zip(sums, new)]
     return sums
 
 def _refit(site, keep, pairs, ridge):
     "Fit the kept rows of a projection, and its bias if it has one"
-    weight, bias, (n, x, y, gram, cross) = _weight(site), site.out.bias is not None, _sums(pairs, keep)
+    weight, bias, (n, x, y, gram, cross) = _weight(site), site.out.bias is not None, _sums(pairs, keep, site.out.bias is not None)  # means are taken off afterwards
     if bias: gram, cross = gram - torch.outer(x, x)/n, cross - torch.outer(x, y)/n
     penalty = ridge*gram.diagonal().mean().clamp_min(1e-12)*torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     new = torch.linalg.solve(gram + penalty, cross + penalty @ weight[keep].double())
@@ -183,7 +186,7 @@ def _refit_all(economy, batches, fit, choose=None): # From below; `fit(site, kep
         torch.clear_autocast_cache()  # of weights as they were
 
 def repair(
-    economy:Economy, # With hard gates; the output projections of its model are changed
+    economy:Economy, # With hard gates, but for `choose`; the output projections of its model are changed
     batches:Iterable[Mapping|tuple], # Inputs of the model, or pairs of inputs and labels (which are not looked at); some 10,000 tokens, and 25,000 for a decoder
     ridge:float=0.1, # Pull towards the present weights, as a share of the features' mean energy
     choose:Callable|None=None # `choose(number)` is asked before each site is refitted, and gives `(agents,)` of bool: who is open in the whole economy; at sites below as before. Those who are open now, if `None`
@@ -202,8 +205,8 @@ def rescale(
     ):
     "One scale for each agent that stays, by least squares (Kwon et al. 2022, arXiv 2204.09656, section 4.3)"
     def fit(site, keep, pairs):
+        weight, agents, (_, x, _, gram, cross) = _weight(site)[keep].double(), keep.view(site.n, -1).any(1), _sums(pairs, keep, True)
         if not keep.any(): return
-        weight, agents, (_, x, _, gram, cross) = _weight(site)[keep].double(), keep.view(site.n, -1).any(1), _sums(pairs, keep)
         pull = lambda m: m.view(-1, site.width, m.shape[1]).sum(1) # over the features of an agent
         gram = pull(pull(gram*(weight @ weight.T)).T)
         if site.out.bias is not None: cross = cross - torch.outer(x, site.out.bias.double())

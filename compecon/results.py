@@ -23,18 +23,20 @@ class Source:
     "A file of records"
     file: str     # In the folder of results
     question: str # That it answers
-    command: str  # That makes it
+    command: str  # That makes it, or some of them with && in between
 
 _CONTEST = 'python benchmarks/contest.py --data DATA'
+_FAMILY = '--methods economy-any-price --budgets 0.6,0.4,0.3,0.2,0.15,0.1,0.05'
 _ABLATION = f'{_CONTEST} --tasks cola --methods fisher --budgets 0.1'
+_LM = 'python experiments/wikitext.py --data DATA --seeds 3 --batch 2 --steps 60 --dense-steps 120 --refit 96 --dtype bfloat16 --test-tokens 20000 --context 512 --stride 512'
 BOOK = [
-    Source('contest/runs.jsonl', 'which method keeps most at a budget?', f'{_CONTEST} --tasks stsb,cola,mnli --budgets 0.2,0.1,0.05'),
+    Source('contest/runs.jsonl', 'which method keeps most at a budget?', f'{_CONTEST} --budgets 0.2,0.1,0.05 && {_CONTEST} --tasks mnli --budgets 0.2,0.1 --methods repair,fisher,kprune,cofi,economy && {_CONTEST} --tasks stsb,cola,mnli {_FAMILY}'),
     Source('contest/runs-epochs=0.jsonl', 'and without any training?', f'{_CONTEST} --budgets 0.6,0.4,0.2,0.1 --methods repair,kprune,kwon,fisher,taylor --set epochs=0'),
     Source('contest/runs-epochs=6.jsonl', 'and with half as much training again?', f'{_ABLATION} --set epochs=6'),
     Source('contest/runs-firms=false.jsonl', 'what are firms worth?', f'{_ABLATION} --set firms=false'),
     Source('contest/runs-hidden=0.jsonl', 'what is a teacher of hidden states worth?', f'{_ABLATION} --set hidden=0'),
-    Source('contest/runs-dropout=true.jsonl', 'what does dropout cost?', f'{_ABLATION} --set dropout=true'),
-    Source('wikitext.jsonl', 'how much perplexity does a decoder lose with its parameters?', 'python experiments/wikitext.py --data DATA --seeds 3 --methods repair --batch 2 --steps 60 --dense-steps 120 --refit 96 --dtype bfloat16 --lr 2e-4 --test-tokens 20000 --context 512 --stride 512 (and --methods taylor --lr 3e-4)'),
+    Source('contest/runs-dropout=true.jsonl', 'what does dropout cost?', f'{_ABLATION} --set dropout=true --seeds 1'),
+    Source('wikitext.jsonl', 'how much perplexity does a decoder lose with its parameters?', f'{_LM} --methods repair --lr 2e-4 && {_LM} --methods taylor,fisher,any-price --lr 3e-4'),
     Source('context.jsonl', 'do gates pay that read their input?', 'python experiments/context.py --data DATA'),
     Source('kernels.jsonl', 'what do products over open blocks cost?', 'python benchmarks/sparse.py'),
     Source('latency.jsonl', 'are saved FLOPs saved milliseconds?', 'python benchmarks/latency.py'),
@@ -62,31 +64,31 @@ def contents(
 # %% ../nbs/16_results.ipynb #6f51c72d
 def ablations(
     folder:str|Path='results' # With `contest/runs.jsonl` and files of ablations beside it
-    )->pd.DataFrame: # One row for each change, task and budget: mean `difference` of the scores of the same runs, `low` and `high` among them, and the number of `pairs`
+    )->pd.DataFrame: # One row for each change, method, task and budget: mean `difference` of the scores of the same runs, `low` and `high` among them, and the number of `pairs`
     "What changes to the recipe did, run by run"
     keys, whole, rows = ['task', 'method', 'budget', 'seed'], read_runs(Path(folder)/'contest/runs.jsonl'), []
     for source in BOOK:
         if not (m := re.fullmatch(r'contest/runs-(.+)\.jsonl', source.file)): continue
         changed = read_runs(Path(folder)/source.file)
         pairs = changed[changed.method != 'dense'].drop_duplicates(keys, keep='last').merge(whole[[*keys, 'score']].drop_duplicates(keys, keep='last'), on=keys, suffixes=('', '_whole'))
-        for (task, budget), g in pairs.groupby(['task', 'budget']):
+        for (method, task, budget), g in pairs.groupby(['method', 'task', 'budget']):
             d = g.score - g.score_whole
-            rows.append(dict(change=m[1], task=task, budget=budget, difference=d.mean(), low=d.min(), high=d.max(), pairs=len(d)))
-    return pd.DataFrame(rows, columns=['change', 'task', 'budget', 'difference', 'low', 'high', 'pairs'])
+            rows.append(dict(change=m[1], method=method, task=task, budget=budget, difference=d.mean(), low=d.min(), high=d.max(), pairs=len(d)))
+    return pd.DataFrame(rows, columns=['change', 'method', 'task', 'budget', 'difference', 'low', 'high', 'pairs'])
 
 # %% ../nbs/16_results.ipynb #604dc333
 def perplexities(
     runs:pd.DataFrame # From read_runs of `wikitext.jsonl`
-    )->pd.DataFrame: # One row for each model, number of `steps` of recovery, budget and method: seeds, shares of the whole model and of its layers that were achieved, mean perplexities, and the mean `loss` relative to the dense model, by the word, with half of its 95 % interval
+    )->pd.DataFrame: # One row for each model, number of `steps` of recovery, budget and method: the rate `lr`, seeds, shares of the whole model and of its layers that were achieved, mean perplexities, and the mean `loss` relative to the dense model, by the word, with half of its 95 % interval
     "How much worse a smaller decoder predicts; raises `ValueError` if runs of a method differ in more than their seeds"
-    runs = runs.assign(steps=[p.get('steps', 0) for p in runs.plan], token=[m['token'] for m in runs.metrics], loss=[r['word'] for r in runs.relative])
+    runs = runs.assign(steps=[p.get('steps', 0)*len(p.get('shares', [0])) for p in runs.plan], lr=[p.get('lr') for p in runs.plan], token=[m['token'] for m in runs.metrics], loss=[r['word'] for r in runs.relative])
     keys = ['model', 'task', 'steps', 'budget', 'method']
     plans = runs.assign(plan=runs.plan.astype(str)).groupby(keys).plan.nunique()
     if (plans > 1).any(): raise ValueError(f'runs of several plans for {plans.idxmax()}: look at them one by one')
-    table = runs.drop_duplicates([*keys, 'seed'], keep='last').groupby(keys, sort=False).agg(seeds=('seed', 'nunique'), params=('achieved_params', 'mean'), layers=('achieved_layers', 'mean'), FLOPs=('achieved_flops', 'mean'),
+    table = runs.drop_duplicates([*keys, 'seed'], keep='last').groupby(keys, sort=False).agg(lr=('lr', 'first'), seeds=('seed', 'nunique'), params=('achieved_params', 'mean'), layers=('achieved_layers', 'mean'), FLOPs=('achieved_flops', 'mean'),
                                                                               word=('score', 'mean'), token=('token', 'mean'), loss=('loss', 'mean'), half=('loss', 'std'))
     table['half'] = half_interval(table.half, table.seeds)
-    return table.sort_values(['steps', 'budget', 'word'], ascending=[False, False, True]).reset_index()
+    return table.sort_values(['budget', 'word'], ascending=[False, True]).reset_index()
 
 # %% ../nbs/16_results.ipynb #794f7d14
 def _sizes(records): return records.batch.astype(str) + ' x ' + records.tokens.astype(str)
@@ -120,8 +122,10 @@ def _with_interval(row): return f'{row.score:.3f} ± {row.score - row.low:.3f}' 
 def _quality(runs, task, budget, method): # Against those with as many seeds
     table = summarize(runs[(runs.task == task) & (runs.budget == budget)]).set_index('method').drop(index=['dense'], errors='ignore')
     row, rivals = table.loc[method], table[table.seeds >= table.seeds[method]].score
-    best = f'best of {len(rivals)}' if rivals.idxmax() == method else f'the best of {len(rivals)} is {rivals.idxmax()}, {rivals.max():.3f}'
-    return f'{method} {_with_interval(row)} {_SCORES.get(row.metric, row.metric)}, dense {row.dense:.3f}; {best} ({row.seeds} seeds)'
+    best, fewer = f'best of {len(rivals)}' if rivals.idxmax() == method else f'the best of {len(rivals)} is {rivals.idxmax()}, {rivals.max():.3f}', len(table) - len(rivals)
+    return f'At {_percent(budget)} of the FLOPs {method} {_with_interval(row)} {_SCORES.get(row.metric, row.metric)}, dense {row.dense:.3f}; {best} ({row.seeds} seeds' + f'; {fewer} more have fewer'*(fewer > 0) + ')'
+
+def _qualities(runs, task, budgets, method): return '. '.join(_quality(runs, task, b, method) for b in budgets if ((runs.task == task) & (runs.budget == b) & (runs.method == method)).any())
 
 VERDICTS = 'supported', 'undecided', 'refuted'
 
@@ -130,27 +134,30 @@ def _many(words, order): return ', '.join(f'{(words == w).sum()} {w}' for w in o
 def _trained(runs):
     if runs.empty: return []
     asked = runs[runs.method != 'dense']
-    miss, names, family = (asked.achieved - asked.budget).abs(), dict(stsb='STS-B', cola='CoLA', mnli='MNLI'), runs[(runs.method == 'economy-any-price') & (runs.task == 'stsb')]
-    res = [f"**Budgets hold.** {len(miss)} trained runs missed theirs by {miss.mean():.4f} of the dense model's FLOPs on average, by {miss.max():.4f} at most."]
-    for task, budgets in (('stsb', (.2, .1)), ('cola', (.2, .1)), ('mnli', (.1,))):
-        res.append(f'**{names[task]}, trained.** ' + '. '.join(f'At {_percent(b)} of the FLOPs {_quality(runs, task, b, "repair")}' for b in budgets) + '.')
-    if len(family):
+    miss, names = (asked.achieved - asked.budget).abs(), dict(stsb='STS-B', cola='CoLA', mnli='MNLI, 2.5 % of it')
+    res = [f"**Budgets hold.** {len(miss)} trained models missed theirs by {miss.mean():.4f} of the dense model's FLOPs on average, by {miss.max():.4f} at most."]
+    res += [f'**{name}, trained.** {told}.' for task,name in names.items() if (told := _qualities(runs, task, (.2, .1), 'repair'))]
+    for task, name in names.items():
+        family = runs[(runs.method == 'economy-any-price') & (runs.task == task)]
+        if family.empty: continue
         table = summarize(family).sort_values('budget', ascending=False)
-        res.append(f'**One checkpoint for any price** (STS-B, {table.seeds.min()} seeds): ' + ', '.join(f'{s:.3f} at {_percent(b)}' for s,b in zip(table.score, table.budget)) + f'; dense {table.dense.iloc[0]:.3f}.')
+        res.append(f'**One checkpoint for any price** ({name}, {table.seeds.min()} seeds): ' + ', '.join(f'{_with_interval(r)} at {_percent(r.budget)}' for r in table.itertuples()) + f'; dense {table.dense.iloc[0]:.3f}.')
     return res
 
-def _untrained(runs): return [] if runs.empty else ['**Without any training** (STS-B). ' + ' '.join(f'At {_percent(b)} of the FLOPs {_quality(runs, "stsb", b, "repair")}.' for b in (.4, .2))]
+def _untrained(runs): return [f'**Without any training** (STS-B). {told}.'] if len(runs) and (told := _qualities(runs, 'stsb', (.4, .2), 'repair')) else []
+
+def _texts(run): return ', '.join(w for w in (run.note, 'all of the test split' if run.plan['test_tokens'] is None else f"the first {run.plan['test_tokens']:,} words of the test split") if w)
 
 def _decoders(runs):
     if runs.empty: return []
     table, res = perplexities(runs), []
     for model, g in table[(table.steps > 0) & ~table.method.str.startswith('dense')].groupby('model', sort=False):
-        family, g = g[g.method == 'any-price'], g[(g.method != 'any-price') & (g.steps == g.groupby('budget').steps.transform('max'))]
-        g = g[g.seeds == g.groupby('budget').seeds.transform('max')]
+        family, g = g[g.method == 'any-price'], g[g.method != 'any-price']
+        for most in ('steps', 'seeds'): g = g[g[most] == g.groupby('budget')[most].transform('max')]
         best = g.sort_values('loss').drop_duplicates('budget').sort_values('budget', ascending=False)
-        res.append(f'**WikiText-103, {model}.** ' + ' '.join(f'With {_percent(1 - r.params)} fewer parameters word perplexity rises by {_percent(r.loss)}' + f' ± {100*r.half:.0f}'*(r.seeds > 1) + f' after {r.steps} steps with {r.method}, '
+        res.append(f'**WikiText-103, {model}** ({_texts(runs[runs.model == model].iloc[-1])}). ' + ' '.join(f'With {_percent(1 - r.params)} fewer parameters word perplexity rises by {_percent(r.loss)}' + f' ± {100*r.half:.0f}'*(r.seeds > 1) + f' after {r.steps} steps with {r.method}, '
                    + ('the only method so far' if n == 1 else f'the best of {n}') + f' ({r.seeds} seed{"s"*(r.seeds > 1)}).' for r in best.itertuples() for n in [(g.budget == r.budget).sum()]))
-        if len(family): res[-1] += ' One checkpoint for all: ' + ', '.join(f'{_percent(r.loss)} with {_percent(1 - r.params)} fewer' for r in family.sort_values('budget', ascending=False).itertuples()) + '.'
+        if len(family): res[-1] += ' One checkpoint for all: ' + ', '.join(f'{_percent(r.loss)}' + f' ± {100*r.half:.0f}'*(r.seeds > 1) + f' with {_percent(1 - r.params)} fewer' for r in family.sort_values('budget', ascending=False).itertuples()) + f' ({min(family.seeds)} seed{"s"*(min(family.seeds) > 1)}).'
     return res
 
 # %% ../nbs/16_results.ipynb #54a84e52
@@ -172,8 +179,9 @@ def _times(kernels):
 def _efficiency(latency):
     if latency.empty: return []
     table = fastest(latency)
-    goal = table.efficiency >= table['size'].map(lambda s: .9 if s == '1 x 1' else .95)
-    return ['**Are saved FLOPs saved milliseconds?** (Share of FLOPs over share of time at least .95, .9 at one token; served by the best of eager torch, our packed weights, and these as int8, against dense eager float32.) ' + ', '.join(f'{goal[g.index].sum()} of {len(g)} settings of {m} at {_percent(b)}' for (m, b), g in table.groupby(['model', 'budget'], sort=False)) + '.']
+    def reached(table): return table.efficiency >= table['size'].map(lambda s: .9 if s == '1 x 1' else .95)
+    goal, eager = reached(table), reached(fastest(latency[latency.backend == 'eager']))
+    return ['**Are saved FLOPs saved milliseconds?** (Share of FLOPs over share of time at least .95, .9 at one token; served by the best of eager torch, our packed weights, and these as int8, against dense eager float32.) ' + ', '.join(f'{goal[g.index].sum()} of {len(g)} settings of {m} at {_percent(b)}' for (m, b), g in table.groupby(['model', 'budget'], sort=False)) + f'; with eager torch alone {eager.sum()} of {len(eager)}.']
 
 def _claims(scarce, findings, faithful):
     res = []

@@ -1,13 +1,13 @@
 """Do gates that read their input beat gates that do not? Both at the same audited budget, on the same dense model, with the same training.
 
 Run:  python experiments/context.py --data ../shared/data [--task cola|stsb] [--budgets 0.4,0.2] [--seeds 3] [--methods contextual,static]
-or:   accelerate launch --multi_gpu --num_processes 2 experiments/context.py --data ../shared/data ..., with a GPU or without: the processes share out the seeds, and give what one gives; the last to end shows everything
+or:   accelerate launch --multi_gpu --num_processes 2 experiments/context.py --data ../shared/data ..., with a GPU or without: the processes share out the seeds, and find the same models and scores as one
 
 Every run is a line of RECORDS (results/context.jsonl) as soon as it ends; run again, it goes on where it was. Dense models and their records are
 those of benchmarks/contest.py, in OUT (results/contest), and are made if they are not there.
 Both methods trade for a quarter of the epochs and train with hard gates for the rest, taught by the dense model; gates stay in place, so that nothing differs but the
 router. `contextual` is then held to one price, found on training sequences; `achieved` is its mean spend over validation, its router included, if only open agents ran (they all run here: latency is that of masks).
-`achieved_by_tokens` weighs each sequence by its length. A try of the script itself: --samples 256 --out FOLDER --records FOLDER/context.jsonl.
+`achieved_by_tokens` weighs each sequence by its length. A quick test: --samples 256 --out FOLDER --records FOLDER/context.jsonl.
 """
 import argparse
 import copy

@@ -1,13 +1,13 @@
 """Is attention more faithful after economic training than before it, and than after post-hoc pruning retrained to the same budget?
 
 Run:  python experiments/faithfulness.py --data ../shared/data [--task stsb,cola] [--budgets 0.4,0.2] [--seeds 3] [--methods cleared,taylor]
-or:   accelerate launch --multi_gpu --num_processes 2 experiments/faithfulness.py --data ../shared/data ..., with a GPU or without: the processes share out the seeds, and give what one gives; the last to end shows everything
+or:   accelerate launch --multi_gpu --num_processes 2 experiments/faithfulness.py --data ../shared/data ..., with a GPU or without: the processes share out the seeds, and find the same models and scores as one
 
 Every model that is examined is a line of RECORDS (results/faithfulness.jsonl) as soon as it is done; run again, it goes on where it was. Models are
 those of benchmarks/contest.py, in OUT (results/contest/models): dense ones and settled ones are read where they are on disk, and otherwise trained as
 there (same plan, same seeds) and kept there. Settled ones add no record to OUT/runs.jsonl: a record here has their score and their audited FLOPs.
 All models of a task are examined on the same validation sentences, with the same orders by lot. `sentences` of a record has what compecon.faithfulness.examine
-found, a list over sentences for each column. A try of the script itself: --samples 256 --sentences 8 --out FOLDER --records FOLDER/faithfulness.jsonl.
+found, a list over sentences for each column. A quick test: --samples 256 --sentences 8 --out FOLDER --records FOLDER/faithfulness.jsonl.
 """
 import argparse
 import math

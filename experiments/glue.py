@@ -7,7 +7,7 @@ The second command starts two processes where there is no GPU, too (accelerate 1
 Options are those of `compecon frontier`; a model is the packaged MiniLM, a folder, or a name on the hub (as google-bert/bert-base-uncased), and without --data
 the task comes from the hub, too. Several processes share out the batches of every training run and make the same steps as one; whatever else is
 decided, process 0 decides, and it keeps records and models, in a folder that all must see. Every run is a line of OUT/runs.jsonl as soon as it ends; started again, by as
-many processes as you like, it goes on where it was. A try of the script itself: --samples 256 --out FOLDER.
+many processes as you like, it goes on where it was. A quick test: --samples 256 --out FOLDER.
 """
 import os
 import sys

@@ -1,7 +1,7 @@
 """Is a fine-tuned model an economy? The tests of compecon.rationality, on the dense models of the contest.
 
 Run:  python experiments/rationality.py --data ../shared/data [--task stsb|cola] [--seeds 3] [--budgets 0.6,0.4] [--methods taylor,fisher,signed]
-or:   accelerate launch --multi_gpu --num_processes 2 experiments/rationality.py --data ../shared/data ..., with a GPU or without: the processes share out the seeds, and give what one gives; the last to end shows everything
+or:   accelerate launch --multi_gpu --num_processes 2 experiments/rationality.py --data ../shared/data ..., with a GPU or without: the processes share out the seeds, and find the same models and scores as one. For the test `seeds` each asks for the dense models of all: make them before, by benchmarks/contest.py
 
 Every finding is a line of RECORDS (results/rationality.jsonl) as soon as it is known, one for each task, seed, method, budget and test; run again, it goes on where it was.
 Dense models and their records are those of benchmarks/contest.py, in OUT (results/contest), and are made if they are not there. No weight is changed after the fine-tune: neurons
@@ -9,7 +9,7 @@ are only re-ordered by Taylor's values, as everywhere (compecon.firms), but for 
 Valuations are made of 512 training samples, as in the contest; the tests ask SAMPLES others of the training set, and those that ask of many open sets a quarter of them.
 Tests that look at many budgets or at none are made once, and recorded at a budget of 1. What has no answer (Fisher's price is no slope; a price may be 0) is recorded as
 'not asked', with its reason. Anything else that goes wrong (a loss that is no number, too few samples) ends the run. Lots are the same for all methods, and asked once.
-A try of the script itself: --samples 32 --out FOLDER --records FOLDER/rationality.jsonl.
+A quick test: --samples 32 --out FOLDER --records FOLDER/rationality.jsonl.
 """
 import argparse
 import copy

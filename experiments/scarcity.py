@@ -1,13 +1,13 @@
 """What scarcity does to the attention of a standard model: heads, blocks or tokens are taken away, by value and by lot, and attention is compared with what tokens are worth.
 
 Run:  python experiments/scarcity.py --data ../shared/data [--task stsb|cola|mnli|wikitext] [--seeds 3] [--shares 0.8,0.6,0.4,0.2,0.1]
-or:   accelerate launch --multi_gpu --num_processes 2 experiments/scarcity.py --data ../shared/data ..., with a GPU or without: the processes share out the seeds, and give what one gives; the last to end shows everything
+or:   accelerate launch --multi_gpu --num_processes 2 experiments/scarcity.py --data ../shared/data ..., with a GPU or without: the processes share out the seeds, and find the same models and scores as one
 
 Every line of RECORDS (results/scarcity.jsonl) is one kind of scarcity at one share, for one task and seed, as compecon.scarcity.impose describes it, written as soon as it is known; run again, it goes on
 where it was. A line of kind 'none' says how the model attends before anything is scarce, how far attention agrees with the value of tokens, and how far deletion and integrated gradients agree with each
 other. Dense models are those of benchmarks/contest.py, in OUT (results/contest), and are made if they are not there. Sentences are drawn from those of the validation split with at least eight tokens, the
 same for all seeds. `wikitext` asks SmolLM2 as it comes, on windows of --length tokens of the validation text, each after a token that starts texts; seeds draw windows; its score is the mean log-likelihood
-of a token in nats, and a token is deleted by writing the one that ends texts over it. A try of the script itself: --sentences 16 --out FOLDER --records FOLDER/scarcity.jsonl.
+of a token in nats, and a token is deleted by writing the one that ends texts over it. A quick test: --sentences 16 --out FOLDER --records FOLDER/scarcity.jsonl.
 """
 import argparse
 import math
@@ -94,7 +94,7 @@ def main():
     shares, done = [float(s) for s in args.shares.split(',')], read_runs(args.records).to_dict('records')
     wanted = [dict(task=args.task, model=plan.model, seed=s, kind=k, share=h, sentences=args.sentences, **(dict(length=args.length) if lm else {})) for s in range(plan.first, plan.first + plan.seeds) for k,h in [('none', 1.), *((k, h) for k in KINDS for h in shares)]]
     todo = deal((w for w in wanted if not any(all(d.get(k) == v for k,v in w.items()) for d in done)), itemgetter('seed'))
-    if not todo: return print('all is done')
+    if not todo: return print('nothing left to do here')
     if lm: text = detokenize(load_wikitext(args.data, splits=('validation',))['validation'])
     else:
         _, tokenizer = load_dense(plan.model, TASKS[plan.task])

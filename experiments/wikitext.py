@@ -1,7 +1,7 @@
-"""How much perplexity does a decoder lose when it loses a quarter, a half, two thirds of its parameters? Every method from the same tuned dense model, with the same recovery; what each looks at before is in its bill.
+"""How much perplexity does a decoder lose when it loses a quarter, a half, two thirds of its parameters? Every method from the same tuned dense model, with the same steps of recovery; what each looks at before is in its bill.
 
 Run:  python experiments/wikitext.py --data ../shared/data [--model smollm2] [--params 0.74,0.52,0.33] [--methods economy,repair,taylor,fisher,magnitude] [--seeds 1]
-or:   accelerate launch --multi_gpu --num_processes 2 experiments/wikitext.py --data ../shared/data ..., with a GPU or without: the processes share out the seeds, and give what one gives; the last to end shows everything
+or:   accelerate launch --multi_gpu --num_processes 2 experiments/wikitext.py --data ../shared/data ..., with a GPU or without: the processes share out the seeds (--seeds 2), and find the same models and scores as one
 
 Every run is a line of RECORDS (results/wikitext.jsonl) as soon as it ends; run again, it goes on where it was. Dense models are kept in OUT (results/wikitext/models).
 
@@ -12,13 +12,13 @@ the first --test-tokens of it (as WikiText counts: words and ends of lines), all
 Parameters. A share is one of the *whole* model, embeddings included, as in SIMPLE (Tao et al. 2023), whose figures for GPT-2 are 14.23 dense, and 15.10, 16.51, 19.08 at 0.74, 0.52, 0.33. SIMPLE narrows the residual stream, and embeddings with it; here heads and
 neurons leave and embeddings stay (21 % of SmolLM2-135M), so layers have to lose more. --without-embeddings takes the share of the layers' parameters only. `achieved` is the share that was asked for, `achieved_params` and `achieved_layers` are both.
 
-`economy` lets Taylor and Fisher values at several rates of exchange compete in trials of an eighth and a quarter of the steps; the others choose once. `repair` is Fisher with a share of what agents write, and a least-squares refit before recovery. `any-price` is one checkpoint for all shares: the same values without a refit,
+`economy` lets Taylor and Fisher values at several rates of exchange compete in trials of an eighth and a quarter of the steps; the others choose once. `repair` adds 0.3 of what agents write to Fisher's values (both in shares of their sum), and refits output projections by least squares before recovery. `any-price` is one checkpoint for all shares: the same values without a refit,
 and as many steps as specialists for all shares take together, each at a share by lot. `dense:more` is the dense
 model with the same recovery steps, by which one may compare as well. Token embeddings are frozen throughout. 'smollm2' is instruction-tuned and was dequantised from 4 bits: see `note`. With --steps 0 there is no recovery.
 
-A repair learns from more windows (--refit) than appraisers look at: they are cheap, three passes forward, and what it needs to know is more. With --dtype bfloat16 products are made in bfloat16, in all but the tests; weights and their updates stay in float32.
+A repair learns from more windows (--refit) than appraisers look at: they are cheap, four passes forward, and what it needs to know is more. With --dtype bfloat16 products are made in bfloat16, in all but the tests; weights and their updates stay in float32.
 
-On two slow cores: --batch 2 --dtype bfloat16 --refit 96 --test-tokens 20000 --context 512 --stride 512 --steps 60 --dense-steps 120 --threads 1, some ten minutes a run, with --lr 2e-4 for repair and 3e-4 for taylor: the best of three rates on held-out articles for each (a rate that mends a broken model breaks a mended one). --refit 96 holds 6 GB. On a graphics card: --windows 8.
+On two slow cores: --batch 2 --dtype bfloat16 --refit 96 --test-tokens 20000 --context 512 --stride 512 --steps 60 --dense-steps 120 --threads 1, some ten minutes a run, with --lr 2e-4 for repair and 3e-4 for taylor: the best of three rates on held-out articles for each (a rate that mends a broken model breaks a mended one). --refit 96 holds 4.5 GB. On a graphics card: --windows 8.
 """
 import argparse
 import copy
