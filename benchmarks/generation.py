@@ -2,7 +2,7 @@
 
 Run:  python benchmarks/generation.py [--model smollm2] [--params 0.74,0.52,0.33] [--prompt 64] [--new 32]     (prints a table, and appends to results/generation.jsonl)
 
-Agents are chosen by the magnitude of their weights: speed depends on how many stay and where, hardly on whom. Prompts are cuts of this Python's language reference, so all models read the same; they write greedily and never stop early, so that all write the same
+Agents are chosen by the magnitude of their weights; other methods leave other numbers of them in each layer. Prompts are cuts of this Python's language reference, so all models read the same; they write greedily and never stop early, so that all write the same
 number of tokens. Within a round, models take turns in random order; medians over rounds, with quartiles of the ratio to dense. The first token is prefill, `tokens_s` is of those after it, with a cache.
 """
 import argparse

@@ -100,7 +100,7 @@ def load_agreement(
     validation:int=600, # Sentences to be tested on; even
     seed:int=0 # Of the draws
     )->dict[str,datasets.Dataset]: # 'train' and 'validation': 'sentence', 'label' (1 is acceptable), 'phenomenon', 'idx'
-    "Generate the agreement task"
+    "Generate the agreement task; raises `ValueError` for an odd number of sentences"
     def split(n, is_train):
         if n < 2 or n % 2: raise ValueError(f'{n} sentences: minimal pairs come in an even number of at least 2')
         g, rows, seen, names, draws = Grammar(lexicon(is_train), random.Random(f'{seed} {is_train}')), [], set(), list(PHENOMENA), 0

@@ -59,7 +59,7 @@ def score(
     labels:torch.Tensor, # `(samples,)`
     split:str='validation' # Where they are from, 'validation' or one of `task.more`
     )->dict[str,float]: # Every metric of the task; a correlation with a constant is 0
-    "Score predictions by the metrics of a task"
+    "Score predictions by the metrics of a task; raises `ValueError` for outputs that are not the task's or not finite, and for an unknown split"
     if logits.shape[-1] != task.classes: raise ValueError(f'{logits.shape[-1]} outputs for {task.name}, which has {task.classes}')
     if split not in ('validation', *task.more): raise ValueError(f'{task.name} is not scored on {split!r}: there are {", ".join(("validation", *task.more))}')
     if not logits.isfinite().all(): raise ValueError('predictions are not finite: training has diverged')

@@ -45,7 +45,7 @@ def price_stops(
     )->list[float]: # Rising from 0, where all are open, to a price at which nobody is
     "Prices worth stopping at; raises `ValueError` for fewer than 2"
     if n < 2: raise ValueError(f'n={n} stops: there are at least 2, for everybody and for nobody')
-    values = np.sort(economy.valuations.double().cpu().numpy())
+    values = np.sort(economy.valuations.double().cpu().numpy()).tolist()
     between = {0: 0., len(values): values[-1]*1.1} | {i: math.sqrt(values[i - 1]*values[i]) for i in range(1, len(values)) if values[i] > values[i - 1]*(1 + 1e-6)}
     wanted = np.linspace(0, len(values), n)
     return [between[i] for i in sorted({min(between, key=lambda i: abs(i - w)) for w in wanted})]
