@@ -86,7 +86,7 @@ def k_prune(
     decided = torch.zeros_like(opened)
     def choose(number):
         nonlocal opened
-        with evaluating(economy.model): values = knowledge(economy, batches, opened.float(), seed=seed)
+        values = knowledge(economy, batches, opened.float(), seed=seed)
         economy.valuations = torch.where(decided, torch.where(opened, values.max()*2 + values, 0), values)
         economy.clear(budget)
         economy.split(decided)[number][:] = True

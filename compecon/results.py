@@ -36,7 +36,7 @@ BOOK = [
     Source('contest/runs-firms=false.jsonl', 'what are firms worth?', f'{_ABLATION} --set firms=false'),
     Source('contest/runs-hidden=0.jsonl', 'what is a teacher of hidden states worth?', f'{_ABLATION} --set hidden=0'),
     Source('contest/runs-dropout=true.jsonl', 'what does dropout cost?', f'{_ABLATION} --set dropout=true --seeds 1'),
-    Source('wikitext.jsonl', 'how much perplexity does a decoder lose with its parameters?', f'{_LM} --methods repair --lr 2e-4 && {_LM} --methods taylor,fisher,any-price --lr 3e-4'),
+    Source('wikitext.jsonl', 'how much perplexity does a decoder lose with its parameters?', f'{_LM} --methods repair --lr 2e-4 && {_LM} --methods taylor,any-price --lr 3e-4'),
     Source('context.jsonl', 'do gates pay that read their input?', 'python experiments/context.py --data DATA'),
     Source('kernels.jsonl', 'what do products over open blocks cost?', 'python benchmarks/sparse.py'),
     Source('latency.jsonl', 'are saved FLOPs saved milliseconds?', 'python benchmarks/latency.py'),
