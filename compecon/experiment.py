@@ -384,6 +384,11 @@ class RunLog:
         runs = runs[(runs.method == method) & (runs.seed == seed) & (runs.budget == budget)]
         return None if runs.empty else runs.iloc[-1].to_dict()
 
+    def spellings(self):
+        "Other values of `data` with which the file has dense models of the plan"
+        plans = read_runs(self.file).get('plan', [])
+        return sorted({p.get('data') for p in plans if {**p, 'data': self.plan.data} == self.plan.same('dense')} - {self.plan.data}, key=str)
+
     def add(self, bench, method, budget, found, seconds, flops):
         "Append the record of a run"
         task, epochs = bench.task, self.plan.dense_epochs if method == 'dense' else self.plan.epochs
@@ -441,6 +446,7 @@ def run_plan(
         return steps*(b*(plan.epochs + 2*(m == ECONOMY)) + (1-b)*market*(m in MARKETS))
     runs = [(s, m, b) for s in range(plan.first, plan.first + plan.seeds) for m,b in [('dense', 1.)] + [(m, b) for b in plan.budgets for m in plan.methods]]
     todo = _once(lambda: [(s, m, b) for s,m,b in runs if log.find(m, s, b) is None])
+    if todo and process()[0] == 0 and (others := log.spellings()): tqdm.write(f'{log.file} has such runs with data={" and ".join(map(repr, others))}; these have data={plan.data!r}, and start anew: data is known by its spelling')
     with tqdm(total=round(sum(cost(m, b) for _,m,b in todo)), disable=not progress or process()[0] > 0, bar_format='{desc} {percentage:3.0f}%|{bar:30}| {elapsed}, {remaining} left') as bar:
         for seed in sorted({s for s,*_ in todo}):
             bench = Bench(plan, seed, task, samples, tokenizer, tokens)
