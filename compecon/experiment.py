@@ -202,13 +202,15 @@ class Plan:
             if m not in METHODS: raise ValueError(f'unknown method {m!r}: there are {", ".join(METHODS)}')
         for b in self.budgets: check_budget(b)
         for k in ('methods', 'budgets'): object.__setattr__(self, k, tuple(dict.fromkeys(getattr(self, k))))
-        if FAMILY in self.methods and min(self.budgets) < check_budget(self.smallest): raise ValueError(f'budget={min(self.budgets)} is below smallest={self.smallest} of {FAMILY}')
         if not self.methods or not self.budgets: raise ValueError('a plan needs at least one method and one budget')
+        if FAMILY in self.methods and min(self.budgets) < check_budget(self.smallest): raise ValueError(f'budget={min(self.budgets)} is below smallest={self.smallest} of {FAMILY}')
         for k, v in DEFAULTS[self.task].items():
             if getattr(self, k) is None: object.__setattr__(self, k, v)
         if self.epochs < 0 or self.epochs == 0 and not set(self.methods) <= set(POSTHOC): raise ValueError(f'epochs={self.epochs}: without training there are only {", ".join(POSTHOC)}')
-        for k in ('seeds', 'dense_epochs', 'bs', 'lr', 'recover_lr', 'samples'):
+        for k in ('seeds', 'dense_epochs', 'bs', 'lr', 'recover_lr', 'samples', 'block'):
             if getattr(self, k) is not None and not getattr(self, k) > 0: raise ValueError(f'{k}={getattr(self, k)} must be above 0')
+        for k in ('first', 'hidden'):
+            if not getattr(self, k) >= 0: raise ValueError(f'{k}={getattr(self, k)} must be at least 0')
 
     def same(self, method=''): # What two runs of a method must share to be the same run
         shared = ('model', 'task', 'data', 'dense_epochs', 'lr', 'bs', 'samples') if method == 'dense' else [k for k in asdict(self) if k not in ('budgets', 'seeds', 'first', 'methods')]
@@ -378,8 +380,12 @@ class RunLog:
         runs = read_runs(self.file)
         return runs[[p == self.plan.same(m) for p,m in zip(runs.plan, runs.method)]] if 'plan' in runs else runs
 
-    def find(self, method, seed, budget):
-        "The record of a run as a dict, or `None`"
+    def find(self,
+        method:str, # A name in METHODS, or 'dense'
+        seed:int, # Of the run
+        budget:float # Share of the dense model's FLOPs that was asked for
+        )->dict|None: # Its last record; `None` if there is none
+        "What is known of a run"
         runs = self.runs()
         runs = runs[(runs.method == method) & (runs.seed == seed) & (runs.budget == budget)]
         return None if runs.empty else runs.iloc[-1].to_dict()
@@ -389,8 +395,15 @@ class RunLog:
         plans = read_runs(self.file).get('plan', [])
         return sorted({p.get('data') for p in plans if {**p, 'data': self.plan.data} == self.plan.same('dense')} - {self.plan.data}, key=str)
 
-    def add(self, bench, method, budget, found, seconds, flops):
-        "Append the record of a run"
+    def add(self,
+        bench:Bench, # Of the seed
+        method:str, # A name in METHODS, or 'dense'
+        budget:float, # Share of the dense model's FLOPs that was asked for
+        found:dict, # From measure
+        seconds:float, # That training took
+        flops:float # That training took, looks and trials included
+        )->dict: # The record
+        "Append the record of a run; raises `ValueError` as append_run does"
         task, epochs = bench.task, self.plan.dense_epochs if method == 'dense' else self.plan.epochs
         return append_run(dict(model=self.plan.model, task=task.name, split=task.validation, method=method, seed=bench.seed, unit='flops', budget=budget,
             **found, metric=next(iter(task.metrics)), dense=bench.score, epochs=epochs, train_seconds=seconds, train_flops=float(flops),

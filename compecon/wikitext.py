@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from .agents import FAMILIES
 from .callback import distillation_loss, hidden_loss
 from .clock import cache_folder
+from .cost import longest_input
 from .repair import evaluating
 
 # %% ../nbs/14_wikitext.ipynb #a292ce93
@@ -111,7 +112,7 @@ def check_decoder(
     context:int=2 # Tokens that it is to see at once
     )->nn.Module: # The same
     "The model itself, or `ValueError` if it does not predict each token from those before, or cannot see so many"
-    kind, longest = type(model).__name__, getattr(model.config, 'max_position_embeddings', None) or math.inf
+    kind, longest = type(model).__name__, longest_input(model)
     if model.config.is_encoder_decoder: raise ValueError(f'{kind} reads one text and writes another: it has no perplexity of one text')
     if not 2 <= context <= longest: raise ValueError(f'context={context}: {kind} sees 2 to {longest} tokens')
     probe = torch.ones(2, 6, dtype=torch.long, device=next(model.parameters()).device)
@@ -146,6 +147,7 @@ def perplexity(
     "How well a decoder predicts a text; raises `ValueError` for an empty text, a stride or context that cannot be, and models that are no decoders"
     stride = max(1, context//2) if stride is None else stride
     if not 1 <= stride <= context: raise ValueError(f'stride={stride} must be from 1 to context={context}, or tokens would be left out')
+    if batch < 1: raise ValueError(f'batch={batch} must be at least 1')
     check_decoder(model, context)
     ids, total = encode(tokenizer, clean(text) if clean else text), 0.
     tokens, device = len(ids) - 1, next(model.parameters()).device
@@ -168,7 +170,8 @@ def masked_pseudo_perplexity(
     )->dict[str,float]: # As from perplexity, but of pseudo-probabilities
     "Pseudo-perplexity: each token masked in turn (Salazar et al. 2020, arXiv 1910.14659); raises `ValueError` without a mask token, or for texts that are empty or too long"
     if tokenizer.mask_token_id is None: raise ValueError(f'{type(tokenizer).__name__} has no mask token')
-    total, tokens, longest, device = 0., 0, getattr(model.config, 'max_position_embeddings', None) or math.inf, next(model.parameters()).device
+    if batch < 1: raise ValueError(f'batch={batch} must be at least 1')
+    total, tokens, longest, device = 0., 0, longest_input(model), next(model.parameters()).device
     for text in texts:
         read = tokenizer(text, return_special_tokens_mask=True, verbose=False)
         ids, where = torch.tensor(read.input_ids), [i for i,special in enumerate(read.special_tokens_mask) if not special]
@@ -224,7 +227,8 @@ def lm_batches(
     batch:int=4, # Windows of a batch
     seed:int|None=None # Of the order of windows; as in the text if `None`
     )->list[tuple[dict,torch.Tensor]]: # Pairs of `{'input_ids': (batch, context)}` and the next tokens, `(batch, context)`
-    "A text as batches for language modelling; what does not fill a window is left out; raises `ValueError` if that is everything"
+    "A text as batches for language modelling; what does not fill a window is left out; raises `ValueError` if that is everything, or sizes cannot be"
+    if min(context, batch) < 1: raise ValueError(f'context={context} and batch={batch} must be at least 1')
     count = (len(ids) - 1)//context
     if count < 1: raise ValueError(f'{len(ids)} tokens do not fill a window of context={context} and the token after it')
     x, y = (ids[i:i + count*context].view(count, context) for i in (0, 1))

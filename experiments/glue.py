@@ -14,7 +14,7 @@ import sys
 from datetime import timedelta
 
 import torch
-from accelerate import PartialState
+import torch.distributed as dist
 from fastai.torch_core import default_device
 
 from compecon.cli import app
@@ -24,16 +24,18 @@ def join():
     "Join the processes that a launcher started, by gloo on CPUs"
     asked = os.environ.get('ACCELERATE_USE_CPU', '').lower() == 'true'
     if asked: default_device(False)
+    if 'MASTER_PORT' not in os.environ: return  # started alone
+    from accelerate import PartialState
     state = PartialState(cpu=asked or not torch.cuda.is_available(), timeout=timedelta(days=1))  # the others wait while process 0 scores
-    if asked and 'MASTER_PORT' in os.environ and state.num_processes == 1:
+    if asked and state.num_processes == 1:
         sys.exit('glue.py: `accelerate launch --cpu` has started one process of several. Without MPI, say --multi_gpu in place of --cpu, also where there is no GPU')
-    return state
 
 
 def main():
-    state = join()
+    join()
     try: app(['frontier', *sys.argv[1:]], default_map=dict(frontier=dict(task='cola', out='results/glue')))
-    finally: state.destroy_process_group()
+    finally:
+        if dist.is_initialized(): dist.destroy_process_group()
 
 
 if __name__ == '__main__': main()
