@@ -21,42 +21,48 @@ from .scarcity import verdict
 @dataclass(frozen=True)
 class Source:
     "A file of records"
-    file: str     # In the folder of results
-    question: str # That it answers
-    command: str  # That makes it, or some of them with && in between
+    file: str      # In the folder of results
+    question: str  # That it answers
+    command: str   # That makes it, or some of them with && in between
+    commit: str='' # At which the command made it, if it does so no longer
 
 _CONTEST = 'python benchmarks/contest.py --data DATA'
 _FAMILY = '--methods economy-any-price --budgets 0.6,0.4,0.3,0.2,0.15,0.1,0.05'
 _ABLATION = f'{_CONTEST} --tasks cola --methods fisher --budgets 0.1'
 _LM = 'python experiments/wikitext.py --data DATA --seeds 3 --batch 2 --steps 60 --dense-steps 120 --refit 96 --dtype bfloat16 --test-tokens 20000 --context 512 --stride 512'
+_SIZES = '1x1,1x16,1x128,8x1,8x16,8x128'
+_SCARCITY, _RATIONALITY = 'python experiments/scarcity.py --data DATA', 'python experiments/rationality.py --data DATA --methods taylor,signed --budgets 0.4'
+_FIRST = 'compecon frontier --methods economy,taylor,magnitude,random --out results'
 BOOK = [
-    Source('contest/runs.jsonl', 'which method keeps most at a budget?', f'{_CONTEST} --budgets 0.2,0.1,0.05 && {_CONTEST} --tasks mnli --budgets 0.2,0.1 --methods repair,fisher,kprune,cofi,economy && {_CONTEST} --tasks stsb,cola,mnli {_FAMILY}'),
-    Source('contest/runs-epochs=0.jsonl', 'and without any training?', f'{_CONTEST} --budgets 0.6,0.4,0.2,0.1 --methods repair,kprune,kwon,fisher,taylor --set epochs=0'),
+    Source('contest/runs.jsonl', 'which method keeps most at a budget?', f'{_CONTEST} --tasks stsb,cola --budgets 0.2,0.1,0.05 && {_CONTEST} --tasks mnli --budgets 0.2,0.1 --methods repair,fisher,kprune,cofi,economy && {_CONTEST} --tasks stsb,cola,mnli {_FAMILY}'),
+    Source('contest/runs-epochs=0.jsonl', 'and without any training?', f'{_CONTEST} --tasks stsb,cola --budgets 0.6,0.4,0.2,0.1 --methods repair,kprune,kwon,fisher,taylor --set epochs=0'),
     Source('contest/runs-epochs=6.jsonl', 'and with half as much training again?', f'{_ABLATION} --set epochs=6'),
     Source('contest/runs-firms=false.jsonl', 'what are firms worth?', f'{_ABLATION} --set firms=false'),
     Source('contest/runs-hidden=0.jsonl', 'what is a teacher of hidden states worth?', f'{_ABLATION} --set hidden=0'),
     Source('contest/runs-dropout=true.jsonl', 'what does dropout cost?', f'{_ABLATION} --set dropout=true --seeds 1'),
-    Source('wikitext.jsonl', 'how much perplexity does a decoder lose with its parameters?', f'{_LM} --methods repair --lr 2e-4 && {_LM} --methods taylor,any-price --lr 3e-4'),
-    Source('context.jsonl', 'do gates pay that read their input?', 'python experiments/context.py --data DATA'),
+    Source('wikitext.jsonl', 'how much perplexity does a decoder lose with its parameters?', f'{_LM} --methods repair --lr 2e-4 && {_LM} --methods taylor,fisher,any-price --lr 3e-4'),
+    Source('context.jsonl', 'do gates pay that read their input?', 'python experiments/context.py --data DATA --task cola && python experiments/context.py --data DATA --task stsb --seeds 1'),
     Source('kernels.jsonl', 'what do products over open blocks cost?', 'python benchmarks/sparse.py'),
-    Source('latency.jsonl', 'are saved FLOPs saved milliseconds?', 'python benchmarks/latency.py'),
+    Source('latency.jsonl', 'are saved FLOPs saved milliseconds?', f'python benchmarks/latency.py --sizes {_SIZES},1x1024 --backends eager,packed,packed_int8 && python benchmarks/latency.py --models minilm --backends compiled,onnx,int8,bfloat16'),
     Source('generation.jsonl', 'how fast does a settled decoder write?', 'python benchmarks/generation.py --threads 1'),
-    Source('scarcity.jsonl', 'where does attention go when it gets scarce?', 'python experiments/scarcity.py --data DATA'),
-    Source('rationality.jsonl', 'is it an economy?', 'python experiments/rationality.py --data DATA'),
-    Source('faithfulness.jsonl', 'is its attention more faithful?', 'python experiments/faithfulness.py --data DATA')]
+    Source('scarcity.jsonl', 'where does attention go when it gets scarce?', f'{_SCARCITY} --task stsb && {_SCARCITY} --task cola && {_SCARCITY} --task mnli --seeds 1 && {_SCARCITY} --task wikitext --seeds 2'),
+    Source('rationality.jsonl', 'is it an economy?', f'{_RATIONALITY} --task stsb --seeds 2 && {_RATIONALITY} --task cola'),
+    Source('faithfulness.jsonl', 'is its attention more faithful?', 'python experiments/faithfulness.py --data DATA --task stsb,cola'),
+    Source('contest/site-repair.jsonl', 'what did repairs reach before this one?', f'{_CONTEST} --tasks stsb,cola --budgets 0.2,0.1 --methods repair,kwon,kprune && {_CONTEST} --tasks stsb --budgets 0.6,0.4,0.2 --methods repair,kwon,kprune --set epochs=0', 'e36c018'),
+    Source('runs.jsonl', 'which method kept most by the first recipe?', f'{_FIRST} --task stsb --data DATA --budgets 0.6,0.4 --seeds 3 && {_FIRST} --task agreement --budgets 0.4,0.2', '7aafcbd')]
 
 def _all_of(records, key): return ', '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in sorted(records[key].dropna().unique(), key=str)) if key in records else ''
 
 def contents(
     folder:str|Path='results' # With the files of BOOK
-    )->pd.DataFrame: # One row a file that is there: question, command, number of records, models, data, seeds, devices, commits, and the days of the first record and the last
+    )->pd.DataFrame: # One row a file that is there: question, command, the `commit` at which it does that (the newest if empty), number of records, models, data, seeds, devices, commits, and the days of the first record and the last
     "What there is, who made it, and how; raises `ValueError` for a folder without any"
     rows = []
     for source in BOOK:
         records = read_runs(Path(folder)/source.file)
         if records.empty: continue
         when = records.when.str[:10]
-        rows.append(dict(question=source.question, file=source.file, command=source.command, records=len(records), models=_all_of(records, 'model'), data=_all_of(records, 'task'), seeds=_all_of(records, 'seed'),
+        rows.append(dict(question=source.question, file=source.file, command=source.command, commit=source.commit, records=len(records), models=_all_of(records, 'model'), data=_all_of(records, 'task'), seeds=_all_of(records, 'seed'),
                          devices=_all_of(records, 'device'), commits=_all_of(records, 'commit'), first=when.min(), last=when.max()))
     if not rows: raise ValueError(f'{folder} has none of {", ".join(s.file for s in BOOK)}')
     return pd.DataFrame(rows)
@@ -135,7 +141,7 @@ def _trained(runs):
     if runs.empty: return []
     asked = runs[runs.method != 'dense']
     miss, names = (asked.achieved - asked.budget).abs(), dict(stsb='STS-B', cola='CoLA', mnli='MNLI, 2.5 % of it')
-    res = [f"**Budgets hold.** {len(miss)} trained models missed theirs by {miss.mean():.4f} of the dense model's FLOPs on average, by {miss.max():.4f} at most."]
+    res = [f"**Budgets hold.** {len(miss)} settled models missed theirs by {miss.mean():.4f} of the dense model's FLOPs on average, by {miss.max():.4f} at most."]
     res += [f'**{name}, trained.** {told}.' for task,name in names.items() if (told := _qualities(runs, task, (.2, .1), 'repair'))]
     for task, name in names.items():
         family = runs[(runs.method == 'economy-any-price') & (runs.task == task)]

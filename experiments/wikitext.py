@@ -18,7 +18,7 @@ model with the same recovery steps, by which one may compare as well. Token embe
 
 A repair learns from more windows (--refit) than appraisers look at: they are cheap, four passes forward, and what it needs to know is more. With --dtype bfloat16 products are made in bfloat16, in all but the tests; weights and their updates stay in float32.
 
-On two slow cores: --batch 2 --dtype bfloat16 --refit 96 --test-tokens 20000 --context 512 --stride 512 --steps 60 --dense-steps 120 --threads 1, some ten minutes a run, with --lr 2e-4 for repair and 3e-4 for taylor: the best of three rates on held-out articles for each (a rate that mends a broken model breaks a mended one). --refit 96 holds 4.5 GB. On a graphics card: --windows 8.
+On two slow cores: --batch 2 --dtype bfloat16 --refit 96 --test-tokens 20000 --context 512 --stride 512 --steps 60 --dense-steps 120 --threads 1, some ten minutes a run, with --lr 2e-4 for repair and 3e-4 for taylor, fisher and any-price: chosen among three on held-out articles, for repair and for taylor (a rate that mends a broken model breaks a mended one). --refit 96 holds 4.5 GB. On a graphics card: --windows 8.
 """
 import argparse
 import copy
