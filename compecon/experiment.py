@@ -393,7 +393,7 @@ class RunLog:
     def spellings(self):
         "Other values of `data` with which the file has dense models of the plan"
         plans = read_runs(self.file).get('plan', [])
-        return sorted({p.get('data') for p in plans if {**p, 'data': self.plan.data} == self.plan.same('dense')} - {self.plan.data}, key=str)
+        return sorted({p.get('data') for p in plans if isinstance(p, dict) and {**p, 'data': self.plan.data} == self.plan.same('dense')} - {self.plan.data}, key=str)
 
     def add(self,
         bench:Bench, # Of the seed
@@ -459,7 +459,7 @@ def run_plan(
         return steps*(b*(plan.epochs + 2*(m == ECONOMY)) + (1-b)*market*(m in MARKETS))
     runs = [(s, m, b) for s in range(plan.first, plan.first + plan.seeds) for m,b in [('dense', 1.)] + [(m, b) for b in plan.budgets for m in plan.methods]]
     todo = _once(lambda: [(s, m, b) for s,m,b in runs if log.find(m, s, b) is None])
-    if todo and process()[0] == 0 and (others := log.spellings()): tqdm.write(f'{log.file} has such runs with data={" and ".join(map(repr, others))}; these have data={plan.data!r}, and start anew: data is known by its spelling')
+    if process()[0] == 0 and any(m == 'dense' for _,m,_ in todo) and (others := log.spellings()): tqdm.write(f'{log.file} has such runs with data={" and ".join(map(repr, others))}; there are none with data={plan.data!r}, so it starts anew: data is known by its spelling')
     with tqdm(total=round(sum(cost(m, b) for _,m,b in todo)), disable=not progress or process()[0] > 0, bar_format='{desc} {percentage:3.0f}%|{bar:30}| {elapsed}, {remaining} left') as bar:
         for seed in sorted({s for s,*_ in todo}):
             bench = Bench(plan, seed, task, samples, tokenizer, tokens)

@@ -80,11 +80,11 @@ def check_rows(
     for c in wanted:
         if any(v is None for v in rows[c]): raise ValueError(f'{where} has rows without {c}')
     for c in task.columns:
-        if not all(isinstance(v, str) for v in rows[c]): raise ValueError(f'{where} has texts of type {rows.features[c].dtype} in {c}: strings are needed')
+        if not all(isinstance(v, str) for v in rows[c]): raise ValueError(f'{where} has texts of type {rows.features[c]} in {c}: strings are needed')
     labels = np.asarray(rows['label'])
     if task.classes == 1 and not (np.issubdtype(labels.dtype, np.number) and np.isfinite(labels).all()): raise ValueError(f'{where} has labels {labels[:5].tolist()}, {task.name} has numbers')
     if task.classes > 1 and not set(np.unique(labels)) <= set(range(task.classes)):
-        raise ValueError(f'{where} has labels {sorted(set(labels.tolist()))[:5]} of type {rows.features["label"].dtype}, {task.name} has numbers from 0 to {task.classes-1}' + f' ({", ".join(task.labels)})'*bool(task.labels))
+        raise ValueError(f'{where} has labels {sorted(set(labels.tolist()))[:5]} of type {rows.features["label"]}, {task.name} has numbers from 0 to {task.classes-1}' + f' ({", ".join(task.labels)})'*bool(task.labels))
     return rows
 
 def _from_hub(name, split):
@@ -98,7 +98,7 @@ def _from_folder(stem):
     found = _there(stem)
     if found is None: raise ValueError(f'{stem}.jsonl is missing: `nyu-mll/glue` on the Hugging Face hub has it')
     if found.stat().st_size == 0: raise ValueError(f'{found} is empty')
-    kind, options = ('csv', dict(keep_default_na=False)) if found.suffix == '.csv' else ('json', {})  # 'n/a' is a text
+    kind, options = ('csv', dict(keep_default_na=False, na_values=[''])) if found.suffix == '.csv' else ('json', {})  # 'n/a' is a text, nothing is none
     try: return datasets.load_dataset(kind, data_files=str(found), split='train', **options), str(found)
     except (datasets.exceptions.DatasetGenerationError, ValueError) as e: raise ValueError(f'{found} cannot be read as {kind}, or is empty: {e}') from e
 

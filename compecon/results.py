@@ -21,10 +21,10 @@ from .scarcity import verdict
 @dataclass(frozen=True)
 class Source:
     "A file of records"
-    file: str      # In the folder of results
-    question: str  # That it answers
-    command: str   # That makes it, or some of them with && in between
-    commit: str='' # At which the command made it, if it does so no longer
+    file: str       # In the folder of results
+    question: str   # That it answers
+    command: str    # That makes it, or some of them with && in between
+    commits: str='' # Of its first and last record, if the command makes something else today
 
 _CONTEST = 'python benchmarks/contest.py --data DATA'
 _FAMILY = '--methods economy-any-price --budgets 0.6,0.4,0.3,0.2,0.15,0.1,0.05'
@@ -48,21 +48,21 @@ BOOK = [
     Source('scarcity.jsonl', 'where does attention go when it gets scarce?', f'{_SCARCITY} --task stsb && {_SCARCITY} --task cola && {_SCARCITY} --task mnli --seeds 1 && {_SCARCITY} --task wikitext --seeds 2'),
     Source('rationality.jsonl', 'is it an economy?', f'{_RATIONALITY} --task stsb --seeds 2 && {_RATIONALITY} --task cola'),
     Source('faithfulness.jsonl', 'is its attention more faithful?', 'python experiments/faithfulness.py --data DATA --task stsb,cola'),
-    Source('contest/site-repair.jsonl', 'what did repairs reach before this one?', f'{_CONTEST} --tasks stsb,cola --budgets 0.2,0.1 --methods repair,kwon,kprune && {_CONTEST} --tasks stsb --budgets 0.6,0.4,0.2 --methods repair,kwon,kprune --set epochs=0', 'e36c018'),
-    Source('runs.jsonl', 'which method kept most by the first recipe?', f'{_FIRST} --task stsb --data DATA --budgets 0.6,0.4 --seeds 3 && {_FIRST} --task agreement --budgets 0.4,0.2', '7aafcbd')]
+    Source('contest/site-repair.jsonl', 'what did repairs reach before this one?', f'{_CONTEST} --tasks stsb,cola --budgets 0.2,0.1 --methods repair,kwon,kprune && {_CONTEST} --tasks stsb --budgets 0.6,0.4,0.2 --methods repair,kwon,kprune --set epochs=0', '464c623 to 94fde69'),
+    Source('runs.jsonl', 'which method kept most by the first recipe?', f'{_FIRST} --task stsb --data DATA --budgets 0.6,0.4 --seeds 3 && {_FIRST} --task agreement --budgets 0.4,0.2', '12646da to 7aafcbd')]
 
 def _all_of(records, key): return ', '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in sorted(records[key].dropna().unique(), key=str)) if key in records else ''
 
 def contents(
     folder:str|Path='results' # With the files of BOOK
-    )->pd.DataFrame: # One row a file that is there: question, command, the `commit` at which it does that (the newest if empty), number of records, models, data, seeds, devices, commits, and the days of the first record and the last
+    )->pd.DataFrame: # One row a file that is there: question, command, the commits `at` which it did that (if it does no longer), number of records, models, data, seeds, devices, commits, and the days of the first record and the last
     "What there is, who made it, and how; raises `ValueError` for a folder without any"
     rows = []
     for source in BOOK:
         records = read_runs(Path(folder)/source.file)
         if records.empty: continue
         when = records.when.str[:10]
-        rows.append(dict(question=source.question, file=source.file, command=source.command, commit=source.commit, records=len(records), models=_all_of(records, 'model'), data=_all_of(records, 'task'), seeds=_all_of(records, 'seed'),
+        rows.append(dict(question=source.question, file=source.file, command=source.command, at=source.commits, records=len(records), models=_all_of(records, 'model'), data=_all_of(records, 'task'), seeds=_all_of(records, 'seed'),
                          devices=_all_of(records, 'device'), commits=_all_of(records, 'commit'), first=when.min(), last=when.max()))
     if not rows: raise ValueError(f'{folder} has none of {", ".join(s.file for s in BOOK)}')
     return pd.DataFrame(rows)
@@ -129,7 +129,7 @@ def _quality(runs, task, budget, method): # Against those with as many seeds
     table = summarize(runs[(runs.task == task) & (runs.budget == budget)]).set_index('method').drop(index=['dense'], errors='ignore')
     row, rivals = table.loc[method], table[table.seeds >= table.seeds[method]].score
     best, fewer = f'best of {len(rivals)}' if rivals.idxmax() == method else f'the best of {len(rivals)} is {rivals.idxmax()}, {rivals.max():.3f}', len(table) - len(rivals)
-    return f'At {_percent(budget)} of the FLOPs {method} {_with_interval(row)} {_SCORES.get(row.metric, row.metric)}, dense {row.dense:.3f}; {best} ({row.seeds} seeds' + f'; {fewer} more with fewer'*(fewer > 0) + ')'
+    return f'At {_percent(budget)} of the FLOPs {method} {_with_interval(row)} {_SCORES.get(row.metric, row.metric)}, dense {row.dense:.3f}; {best} ({row.seeds} seed{"s"*(row.seeds > 1)}' + f'; {fewer} more with fewer'*(fewer > 0) + ')'
 
 def _qualities(runs, task, budgets, method): return '. '.join(_quality(runs, task, b, method) for b in budgets if ((runs.task == task) & (runs.budget == b) & (runs.method == method)).any())
 

@@ -24,7 +24,7 @@ def join():
     "Join the processes that a launcher started, by gloo on CPUs"
     asked = os.environ.get('ACCELERATE_USE_CPU', '').lower() == 'true'
     if asked: default_device(False)
-    if 'MASTER_PORT' not in os.environ: return  # started alone
+    if not {'MASTER_PORT', 'OMPI_COMM_WORLD_SIZE', 'PMI_SIZE'} & set(os.environ): return  # started alone
     from accelerate import PartialState
     state = PartialState(cpu=asked or not torch.cuda.is_available(), timeout=timedelta(days=1))  # the others wait while process 0 scores
     if asked and state.num_processes == 1:
