@@ -129,7 +129,7 @@ def _quality(runs, task, budget, method): # Against those with as many seeds
     table = summarize(runs[(runs.task == task) & (runs.budget == budget)]).set_index('method').drop(index=['dense'], errors='ignore')
     row, rivals = table.loc[method], table[table.seeds >= table.seeds[method]].score
     best, fewer = f'best of {len(rivals)}' if rivals.idxmax() == method else f'the best of {len(rivals)} is {rivals.idxmax()}, {rivals.max():.3f}', len(table) - len(rivals)
-    return f'At {_percent(budget)} of the FLOPs {method} {_with_interval(row)} {_SCORES.get(row.metric, row.metric)}, dense {row.dense:.3f}; {best} ({row.seeds} seed{"s"*(row.seeds > 1)}' + f'; {fewer} more with fewer'*(fewer > 0) + ')'
+    return f'At {_percent(budget)} of the FLOPs {method} {_with_interval(row)} {_SCORES.get(row.metric, row.metric)}, dense {row.dense:.3f}; {best} ({row.seeds} seed{"s" if row.seeds > 1 else ""}' + f'; {fewer} more with fewer'*(fewer > 0) + ')'
 
 def _qualities(runs, task, budgets, method): return '. '.join(_quality(runs, task, b, method) for b in budgets if ((runs.task == task) & (runs.budget == b) & (runs.method == method)).any())
 
