@@ -109,7 +109,7 @@ class PriceList:
             cost = cost.index_add(0, rank[self.groups].amin(1), self.shared.double())
         return self.fixed + cost.cumsum(0)
 
-# %% ../nbs/03_cost.ipynb #f002f1ee
+# %% ../nbs/03_cost.ipynb #19a7b736
 def longest_input(
     model:nn.Module # A Hugging Face model
     )->float: # In tokens; infinite if nothing limits it
@@ -125,6 +125,7 @@ def check_tokens(
     if not 1 <= tokens <= (longest := longest_input(model)): raise ValueError(f'tokens={tokens}: this model takes 1 to {longest}')
     return tokens
 
+# %% ../nbs/03_cost.ipynb #f002f1ee
 def site_flops(
     model:nn.Module, # A Hugging Face model
     sites:list[Site], # Its sites, from find_agents
