@@ -3,7 +3,7 @@
 Run:  python benchmarks/contest.py --data DATA [--tasks stsb,cola] [--budgets 0.2,0.1] [--seeds 3] [--methods ...]
 
 Every run is a line of OUT/runs.jsonl as soon as it ends; run again, it goes on where it was. It may be started twice, with a task for each.
-An ablation is the same with a field of the plan changed, as in `--set firms=false`, `--set hidden=0`, or `--methods repair,kprune --set epochs=0`;
+An ablation is the same with a field of the plan changed, as in `--set sorted neurons=false`, `--set hidden=0`, or `--methods repair,kprune --set epochs=0`;
 its lines go to a file of their own, OUT/runs-FIELD=VALUE.jsonl, and its runs start from the same dense models.
 """
 import argparse
@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from compecon.cli import frontier_table
-from compecon.experiment import METHODS, Plan, run_plan
-from compecon.frontier import append_run, read_runs
+from compecon.lab.cli import frontier_table
+from compecon.lab.experiment import METHODS, Plan, run_plan
+from compecon.lab.records import append_run, read_runs
 
 
 def records(out, file): return read_runs(Path(out, file)).to_dict('records')
@@ -31,7 +31,7 @@ def main():
     parser.add_argument('--first', type=int, default=0, help='the first seed')
     parser.add_argument('--methods', default=','.join(METHODS))
     parser.add_argument('--out', default='results/contest')
-    parser.add_argument('--set', action='append', default=[], metavar='FIELD=VALUE', help='another value for a field of compecon.experiment.Plan')
+    parser.add_argument('--set', action='append', default=[], metavar='FIELD=VALUE', help='another value for a field of compecon.lab.experiment.Plan')
     parser.add_argument('--threads', type=int, default=None)
     args = parser.parse_args()
     logging.set_verbosity_error(); logging.disable_progress_bar(); warnings.filterwarnings('ignore')

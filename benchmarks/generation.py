@@ -17,20 +17,20 @@ import pandas as pd
 import torch
 from transformers.utils import logging
 
-from compecon.clock import provenance
+from compecon.lab.records import provenance
 from compecon.economy import Economy
 from compecon.settle import settle
-from compecon.tariff import allocate
-from compecon.valuation import appraise
-from compecon.wikitext import SMOLLM2, encode, load_decoder, python_reference
+from compecon.curves import allocate
+from compecon.importance import score_agents
+from compecon.lab.wikitext import SMOLLM2, encode, load_decoder, python_reference
 
 RECORDS = 'results/generation.jsonl'
 
 
-def smaller(model, share, tokens, block):
+def smaller(model, share, tokens, block_size):
     "The model settled at a share of its parameters"
-    economy = Economy(model, tokens=tokens, block=block)
-    appraise(economy, 'magnitude')
+    economy = Economy(model, tokens=tokens, block_size=block_size)
+    score_agents(economy, 'magnitude')
     allocate(economy, f'{share} params')
     small = settle(economy)
     economy.remove()
@@ -71,7 +71,7 @@ def main():
 
     dense, tokenizer = load_decoder(args.model)
     dense.to(args.device)
-    models = {1.: dense} | {p: smaller(dense, p, args.prompt, args.block) for p in map(float, args.params.split(','))}
+    models = {1.: dense} | {p: smaller(dense, p, args.prompt, args.block_size) for p in map(float, args.params.split(','))}
     ids, rng = encode(tokenizer, python_reference()['test'][:40*args.prompt*args.rounds]), random.Random(0)
     times, order = {p: [] for p in models}, list(models)
     for r in range(args.rounds + 1):  # the first round is warm-up

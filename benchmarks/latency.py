@@ -3,7 +3,7 @@
 Run:  python benchmarks/latency.py [--models minilm,bert] [--sizes 1x1,1x16,1x128,8x128] [--budgets 0.6,0.4,0.2] [--backends eager,layout,packed,packed_bf16,packed_int8,packed_compiled,compiled,int8,bfloat16,onnx] [--threads 1]
 
 Every line of OUT/latency.jsonl is a settled model in a setting: its FLOPs, the time that was predicted, and its time, as shares of the dense model's with the same backend,
-measured in turns; efficiency is the share of FLOPs over the share of time; `as_it_is_ratio` is the share of the time of the dense model as it is, eager and float32. The weights are random (time does not depend on them), and so are the valuations: log-normal for agents and for sites.
+measured in turns; efficiency is the share of FLOPs over the share of time; `as_it_is_ratio` is the share of the time of the dense model as it is, eager and float32. The weights are random (time does not depend on them), and so are the values: log-normal for agents and for sub-layers.
 Structures are chosen under a budget of FLOPs, and under the same share of time by a clock that is measured first and kept in OUT/clocks; Torch-Pruning, where it is installed, makes
 models of about the same FLOPs.
 """
@@ -22,13 +22,14 @@ from transformers import BertConfig, BertForSequenceClassification
 from transformers.utils import logging
 
 from compecon.agents import example_inputs
-from compecon.clock import measure_prices, provenance
+from compecon.budget import measure_latency
+from compecon.lab.records import provenance
 from compecon.economy import Economy
 from compecon.flops import count_flops, latency
 from compecon.layout import fit_layout
 from compecon.packed import pack
 from compecon.settle import settle
-from compecon.tariff import allocate
+from compecon.curves import allocate
 
 MODELS = dict(minilm=dict(hidden_size=384, num_hidden_layers=6, intermediate_size=1536), bert=dict(hidden_size=768, num_hidden_layers=12, intermediate_size=3072))
 
@@ -71,14 +72,14 @@ def settled(model, budgets, clock, tokens):
     "Settled models by budget and by who set the prices, with the time that the clock predicts"
     g = torch.Generator().manual_seed(0)
     economy = Economy(copy.deepcopy(model), tokens=tokens)
-    economy.valuations = torch.cat([torch.randn(1, generator=g).mul(0.5).exp()*torch.randn(s.n, generator=g).exp() for s in economy.sites]).to(economy.log_values.device)
-    tariff, res = clock.tariff(economy.sites), {}
+    economy.values = torch.cat([torch.randn(1, generator=g).mul(0.5).exp()*torch.randn(s.n, generator=g).exp() for s in economy.sublayers]).to(economy.log_values.device)
+    curves, res = clock.curves(economy.sublayers), {}
     for b in budgets:
         for unit in ('flops', 'latency'):
-            try: allocate(economy, f'{b} {unit}', tariff if unit == 'latency' else None)
+            try: allocate(economy, f'{b} {unit}', curves if unit == 'latency' else None)
             except ValueError as e: print(e); continue
             counts = [int(o.sum()) for o in economy.split(economy.open)]
-            res[b, unit] = settle(economy), tariff.bill(counts)/clock.dense, counts
+            res[b, unit] = settle(economy), curves.cost(counts)/clock.dense, counts
     return res
 
 
@@ -141,7 +142,7 @@ def main():
             torch.manual_seed(0)
             model = BertForSequenceClassification(BertConfig(**MODELS[name], num_attention_heads=12, max_position_embeddings=1024)).eval().to(args.device)
             x = example_inputs(model, tokens, batch)
-            clock = measure_prices(model, batch, tokens, folder=Path(args.out, 'clocks'), seconds=args.seconds)
+            clock = measure_latency(model, batch, tokens, folder=Path(args.out, 'clocks'), seconds=args.seconds)
             small = settled(model, [float(b) for b in args.budgets.split(',')], clock, tokens)
             for b in args.budgets.split(','): small |= torch_pruned(model, float(b), x)
             for backend in args.backends.split(','):

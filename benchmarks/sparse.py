@@ -25,8 +25,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from compecon import native
 from compecon.agents import example_inputs
-from compecon.clock import provenance
-from compecon.context import ContextualEconomy, calibrate
+from compecon.lab.records import provenance
+from compecon.router import ContextualEconomy, calibrate
 from compecon.economy import Economy
 from compecon.flops import latency
 from compecon.kernels import down, ffn, ffn_reference, open_set, pack_down, pack_up, up
@@ -138,7 +138,7 @@ def models(name, config, tokens, batch, shares, seconds, device):
         torch.nn.init.normal_(economy.model.router.bids.weight, std=3.)
         spent = calibrate(economy, [(x, None)], share)['mean']
         static = Economy(copy.deepcopy(model), tokens=tokens)
-        static.valuations = economy.log_values.detach().exp()
+        static.values = economy.log_values.detach().exp()
         achieved = static.clear(share)
         small = settle(static)
         paged = copy.deepcopy(model)

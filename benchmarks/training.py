@@ -12,11 +12,11 @@ from transformers.utils import logging
 
 from compecon.agents import example_inputs
 from compecon.economy import Economy, marginal_values
-from compecon.clock import provenance
-from compecon.experiment import MINILM, load_dense
+from compecon.lab.records import provenance
+from compecon.lab.experiment import MINILM, load_dense
 from compecon.flops import latency
-from compecon.glue import GLUE
-from compecon.leave import leave
+from compecon.lab.glue import GLUE
+from compecon.prune_in_training import prune_training
 from compecon.market import ClearedMarket, MeasuredMarket
 
 
@@ -35,7 +35,7 @@ def stepper(model, inputs, economy=None, market=None):
         elif market:
             values = marginal_values(economy)
             mean = values if mean is None else 0.98*mean + 0.02*values
-            economy.valuations = mean
+            economy.values = mean
     return step
 
 
@@ -51,9 +51,9 @@ def main():
         economy = Economy(copy.deepcopy(dense), tokens=args.tokens)
         candidates[name] = stepper(economy.model, inputs, economy, market)
     economy = Economy(copy.deepcopy(dense), tokens=args.tokens)
-    economy.valuations = torch.rand(len(economy))
+    economy.values = torch.rand(len(economy))
     economy.clear(args.budget)
-    small = leave(economy)
+    small = prune_training(economy)
     small.remove()
     candidates[f'after leaving, at {small.spend():.2f} of the FLOPs'] = stepper(small.model, inputs)
     table = latency(candidates, rounds=args.rounds, warmup=2, turn=0.5)

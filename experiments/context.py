@@ -21,12 +21,12 @@ import torch
 from transformers.utils import logging
 
 from compecon.callback import EconomyCallback
-from compecon.context import ContextualEconomy, ContextualMarket, calibrate, spread
+from compecon.router import ContextualEconomy, ContextualMarket, calibrate, spread
 from compecon.economy import Economy
-from compecon.experiment import TASKS, Bench, Plan, RunLog, _prepare, load_dense, load_task, market_epochs, measure
-from compecon.firms import form_firms
-from compecon.frontier import deal
-from compecon.glue import length_sorted, loss_of, tokenize
+from compecon.lab.experiment import TASKS, Bench, Plan, RunLog, _prepare, load_dense, load_task, market_epochs, measure
+from compecon.sort_neurons import sort_neurons
+from compecon.lab.records import shard_seeds
+from compecon.lab.glue import length_sorted, loss_of, tokenize
 from compecon.market import ClearedMarket
 
 METHODS = {'contextual': (ContextualEconomy, ContextualMarket), 'static': (Economy, ClearedMarket)}
@@ -34,11 +34,11 @@ OUT, RECORDS = 'results/contest', 'results/context.jsonl'
 
 
 def start(bench, kind):
-    "A copy of the dense model with firms, as an economy; as the markets of compecon.experiment start"
+    "A copy of the dense model with sorted neurons, as an economy; as the markets of compecon.lab.experiment start"
     model = copy.deepcopy(bench.dense)
     model.get_input_embeddings().requires_grad_(False)
-    if bench.plan.firms: form_firms(model, 'taylor', bench.batches(), loss_of(bench.task), bench.seed, bench.tokens)
-    return kind(model, tokens=bench.tokens, block=bench.plan.block)
+    if bench.plan.sort_neurons: sort_neurons(model, 'taylor', bench.batches(), loss_of(bench.task), bench.seed, bench.tokens)
+    return kind(model, tokens=bench.tokens, block_size=bench.plan.block_size)
 
 
 def sequences(bench, split): return length_sorted(bench.samples[split], 64, pad_id=bench.tokenizer.pad_token_id or 0)
@@ -69,7 +69,7 @@ def run(bench, method, budget):
     bench.train(economy.model, plan.epochs - trades, 2000 + bench.seed)
     seconds = time.perf_counter() - began
     found = measure(economy.model, bench) | spends(bench, economy) | dict(achieved_in_training=trained['mean'])
-    flops = 3*economy.prices.total*(plan.epochs*len(bench.samples['train']) + plan.firms*min(512, len(bench.samples['train'])))
+    flops = 3*economy.prices.total*(plan.epochs*len(bench.samples['train']) + plan.sort_neurons*min(512, len(bench.samples['train'])))
     economy.remove()
     return found, seconds, flops
 
@@ -95,7 +95,7 @@ def main():
 
     plan = Plan(task=args.task, data=args.data, budgets=tuple(float(b) for b in args.budgets.split(',')), seeds=args.seeds, first=args.first)
     task, log, dense_log = TASKS[plan.task], RunLog(args.records, plan), RunLog(Path(args.out)/'runs.jsonl', plan)
-    todo = deal([(s, m, b) for s in range(plan.first, plan.first + plan.seeds) for b in plan.budgets for m in methods if log.find(m, s, b) is None], itemgetter(0))
+    todo = shard_seeds([(s, m, b) for s in range(plan.first, plan.first + plan.seeds) for b in plan.budgets for m in methods if log.find(m, s, b) is None], itemgetter(0))
     if todo:
         _, tokenizer = load_dense(plan.model, task)
         samples = {k: tokenize(task, rows, tokenizer)[:args.samples] for k,rows in load_task(plan.task, plan.data).items()}

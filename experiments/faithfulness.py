@@ -6,7 +6,7 @@ or:   accelerate launch --multi_gpu --num_processes 2 experiments/faithfulness.p
 Every model that is examined is a line of RECORDS (results/faithfulness.jsonl) as soon as it is done; run again, it goes on where it was. Models are
 those of benchmarks/contest.py, in OUT (results/contest/models): dense ones and settled ones are read where they are on disk, and otherwise trained as
 there (same plan, same seeds) and kept there. Settled ones add no record to OUT/runs.jsonl: a record here has their score and their audited FLOPs.
-All models of a task are examined on the same validation sentences, with the same orders by lot. `sentences` of a record has what compecon.faithfulness.examine
+All models of a task are examined on the same validation sentences, with the same orders at random. `sentences` of a record has what compecon.study.faithfulness.examine
 found, a list over sentences for each column. A quick test: --samples 256 --sentences 8 --out FOLDER --records FOLDER/faithfulness.jsonl.
 """
 import argparse
@@ -21,11 +21,12 @@ from fastai.torch_core import default_device
 from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging
 
-from compecon.clock import now, package_versions, provenance
-from compecon.experiment import METHODS, TASKS, Bench, Plan, RunLog, _folder, _prepare, evaluate, load_dense, load_task, train_run
-from compecon.faithfulness import ATTRIBUTIONS, BINS, CRITERIA, compare, conclude, examine, verdicts
-from compecon.frontier import append_line, deal, read_runs
-from compecon.glue import length_sorted, tokenize
+from compecon.core import package_versions
+from compecon.lab.records import now, provenance
+from compecon.lab.experiment import METHODS, TASKS, Bench, Plan, RunLog, _folder, _prepare, evaluate, load_dense, load_task, train_run
+from compecon.study.faithfulness import ATTRIBUTIONS, BINS, CRITERIA, compare, conclude, examine, verdicts
+from compecon.lab.records import append_line, shard_seeds, read_runs
+from compecon.lab.glue import length_sorted, tokenize
 from compecon.settle import save
 
 OUT, RECORDS = 'results/contest', 'results/faithfulness.jsonl'
@@ -63,10 +64,10 @@ def main():
     parser.add_argument('--budgets', default='0.4,0.2', help="shares of the dense model's FLOPs")
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument('--first', type=int, default=0, help='the first seed')
-    parser.add_argument('--methods', default='cleared,taylor', help='besides dense; any of compecon.experiment.METHODS')
+    parser.add_argument('--methods', default='cleared,taylor', help='besides dense; any of compecon.lab.experiment.METHODS')
     parser.add_argument('--sentences', type=int, default=256, help='of validation, to examine each model on')
     parser.add_argument('--fewest', type=int, default=6, help='content tokens of a sentence')
-    parser.add_argument('--draws', type=int, default=5, help='orders by lot')
+    parser.add_argument('--draws', type=int, default=5, help='orders at random')
     parser.add_argument('--steps', type=int, default=16, help='of integrated gradients')
     parser.add_argument('--samples', type=int, help='only so many of each split, to try the script; needs an --out and --records of its own')
     parser.add_argument('--out', default=OUT)
@@ -79,7 +80,7 @@ def main():
     if args.samples and (Path(args.out) == Path(OUT) or Path(args.records) == Path(RECORDS)): parser.error('--samples would mix a try with results: name another --out and --records')
     logging.set_verbosity_error(); logging.disable_progress_bar(); warnings.filterwarnings('ignore')
     if args.threads: torch.set_num_threads(args.threads)
-    models, where, mine = Path(args.out)/'models', provenance(default_device()), deal(range(args.first, args.first + args.seeds), int)
+    models, where, mine = Path(args.out)/'models', provenance(default_device()), shard_seeds(range(args.first, args.first + args.seeds), int)
     where['versions'] |= package_versions('captum', 'scipy')
 
     for name in tasks:

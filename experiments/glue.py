@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from fastai.torch_core import default_device
 
-from compecon.cli import app
+from compecon.lab.cli import app
 
 
 def join():

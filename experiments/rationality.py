@@ -5,8 +5,8 @@ or:   accelerate launch --multi_gpu --num_processes 2 experiments/rationality.py
 
 Every finding is a line of RECORDS (results/rationality.jsonl) as soon as it is known, one for each task, seed, method, budget and test; run again, it goes on where it was.
 Dense models and their records are those of benchmarks/contest.py, in OUT (results/contest), and are made if they are not there. No weight is changed after the fine-tune: neurons
-are only re-ordered by Taylor's values, as everywhere (compecon.firms), but for the test `seeds`, for which neurons have to stay where they were.
-Valuations are made of 512 training samples, as in the contest; the tests ask SAMPLES others of the training set, and those that ask of many open sets a quarter of them.
+are only re-ordered by Taylor's values, as everywhere (compecon.sorted neurons), but for the test `seeds`, for which neurons have to stay where they were.
+Values are made of 512 training samples, as in the contest; the tests ask SAMPLES others of the training set, and those that ask of many open sets a quarter of them.
 Tests that look at many budgets or at none are made once, and recorded at a budget of 1. What has no answer (Fisher's price is no slope; a price may be 0) is recorded as
 'not asked', with its reason. Anything else that goes wrong (a loss that is no number, too few samples) ends the run. Lots are the same for all methods, and asked once.
 A quick test: --samples 32 --out FOLDER --records FOLDER/rationality.jsonl.
@@ -25,24 +25,24 @@ import torch
 from fastai.torch_core import default_device
 from transformers.utils import logging
 
-from compecon.clock import now, provenance
+from compecon.lab.records import now, provenance
 from compecon.economy import Economy
-from compecon.experiment import TASKS, Bench, Plan, RunLog, _prepare, load_dense, load_task
-from compecon.firms import form_firms
-from compecon.frontier import deal, read_runs
-from compecon.glue import length_sorted, loss_of, tokenize
-from compecon.rationality import KEY, READINGS, TESTS, WITHOUT_BUDGET, NotAsked, Trial, append_finding, stability, verdicts
+from compecon.lab.experiment import TASKS, Bench, Plan, RunLog, _prepare, load_dense, load_task
+from compecon.sort_neurons import sort_neurons
+from compecon.lab.records import shard_seeds, read_runs
+from compecon.lab.glue import length_sorted, loss_of, tokenize
+from compecon.study.rationality import KEY, READINGS, TESTS, WITHOUT_BUDGET, NotAsked, Trial, append_finding, stability, verdicts
 
 OUT, RECORDS = 'results/contest', 'results/rationality.jsonl'
 FEW = 'nested', 'interactions', 'additive' # Tests that ask of many open sets
 BATCHES = 32 # Of a trial: choices are made at 16 prices, on two batches each
 
 
-def found(bench, firms):
+def found(bench, sorting):
     "The dense model as an economy, and a trial on the samples that appraise"
     model = copy.deepcopy(bench.dense)
-    if firms: form_firms(model, 'taylor', bench.batches(), loss_of(bench.task), bench.seed, bench.tokens)
-    economy = Economy(model, tokens=bench.tokens, block=bench.plan.block)
+    if sorting: sort_neurons(model, 'taylor', bench.batches(), loss_of(bench.task), bench.seed, bench.tokens)
+    economy = Economy(model, tokens=bench.tokens, block_size=bench.plan.block_size)
     return economy, Trial(economy, bench.batches(), loss_of(bench.task))
 
 
@@ -59,14 +59,14 @@ class Trials:
     def __init__(self, bench, samples): self.bench, self.samples, self.whole, self.method = bench, samples, None, None
 
     def start(self):
-        economy, self.appraiser = found(self.bench, self.bench.plan.firms)
+        economy, self.appraiser = found(self.bench, self.bench.plan.sort_neurons)
         self.whole = Trial(economy, others(self.bench, self.samples), loss_of(self.bench.task))
         self.few = Trial(economy, self.whole.batches[::4], loss_of(self.bench.task))
 
     def run(self, test, method, budget):
         if self.whole is None: self.start()
         for t in (self.appraiser, self.whole, self.few): t.reading = method
-        if method != self.method: self.whole.economy.valuations, self.method = self.appraiser.values().clamp_min(0).float(), method
+        if method != self.method: self.whole.economy.values, self.method = self.appraiser.values().clamp_min(0).float(), method
         return TESTS[test](self.few if test in FEW else self.whole, budget, seed=self.bench.seed)
 
 
@@ -98,7 +98,7 @@ def main():
     def key(seed, method, budget, test): return dict(zip(KEY, (plan.model, plan.task, seed, method, budget, test)))
     runs = read_runs(args.records)
     done = {tuple(r) for r in runs[list(KEY)].itertuples(index=False)} if 'test' in runs else set()
-    todo = deal([(s, m, b, t) for s in seeds for m in methods for t,b in [*((t, b) for b in budgets for t in tests if t not in WITHOUT_BUDGET), *((t, 1.) for t in tests if t in WITHOUT_BUDGET)]
+    todo = shard_seeds([(s, m, b, t) for s in seeds for m in methods for t,b in [*((t, b) for b in budgets for t in tests if t not in WITHOUT_BUDGET), *((t, 1.) for t in tests if t in WITHOUT_BUDGET)]
             if not (t == 'seeds' and len(seeds) < 2) and tuple(key(s, m, b, t).values()) not in done], itemgetter(0))
     if todo:
         _, tokenizer = load_dense(plan.model, task)

@@ -1,9 +1,9 @@
-"""What scarcity does to the attention of a standard model: heads, blocks or tokens are taken away, by value and by lot, and attention is compared with what tokens are worth.
+"""What scarcity does to the attention of a standard model: heads, blocks or tokens are taken away, by value and at random, and attention is compared with what tokens are worth.
 
 Run:  python experiments/scarcity.py --data ../shared/data [--task stsb|cola|mnli|wikitext] [--seeds 3] [--shares 0.8,0.6,0.4,0.2,0.1]
 or:   accelerate launch --multi_gpu --num_processes 2 experiments/scarcity.py --data ../shared/data ..., with a GPU or without: the processes share out the seeds, and find the same models and scores as one
 
-Every line of RECORDS (results/scarcity.jsonl) is one kind of scarcity at one share, for one task and seed, as compecon.scarcity.impose describes it, written as soon as it is known; run again, it goes on
+Every line of RECORDS (results/scarcity.jsonl) is one kind of scarcity at one share, for one task and seed, as compecon.study.scarcity.impose describes it, written as soon as it is known; run again, it goes on
 where it was. A line of kind 'none' says how the model attends before anything is scarce, how far attention agrees with the value of tokens, and how far deletion and integrated gradients agree with each
 other. Dense models are those of benchmarks/contest.py, in OUT (results/contest), and are made if they are not there. Sentences are drawn from those of the validation split with at least eight tokens, the
 same for all seeds. `wikitext` asks SmolLM2 as it comes, on windows of --length tokens of the validation text, each after a token that starts texts; seeds draw windows; its score is the mean log-likelihood
@@ -22,26 +22,26 @@ from fastai.torch_core import default_device
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.utils import logging
 
-from compecon.clock import provenance
+from compecon.lab.records import provenance
 from compecon.economy import Economy
-from compecon.experiment import MINILM, TASKS, Bench, Plan, RunLog, _prepare, load_dense, load_task
-from compecon.frontier import append_line, deal, read_runs
-from compecon.glue import length_sorted, loss_of, score, tokenize
-from compecon.scarcity import KINDS, MEASURES, SHARES, content_tokens, deletion_values, impose, integrated_gradients, interval, observe, rank_correlation
-from compecon.valuation import taylor
-from compecon.wikitext import SMOLLM2, detokenize, encode, lm_batches, lm_loss, load_decoder, load_wikitext
+from compecon.lab.experiment import MINILM, TASKS, Bench, Plan, RunLog, _prepare, load_dense, load_task
+from compecon.lab.records import append_line, shard_seeds, read_runs
+from compecon.lab.glue import length_sorted, loss_of, score, tokenize
+from compecon.study.scarcity import KINDS, MEASURES, SHARES, content_tokens, deletion_values, impose, integrated_gradients, interval, observe, rank_correlation
+from compecon.importance import taylor
+from compecon.lab.wikitext import SMOLLM2, detokenize, encode, lm_batches, lm_loss, load_decoder, load_wikitext
 
 OUT, RECORDS, WIKITEXT = 'results/contest', 'results/scarcity.jsonl', 'wikitext'
 
 
-def look(model, batches, special, mask, loss_func, appraisal, score, tokens, block, gradients=True):
+def look(model, batches, special, mask, loss_func, scoring, score, tokens, block_size, gradients=True):
     "What is the same for all kinds and shares of one seed: a record, and arguments of impose"
     batches = [({k: v.to(default_device()) for k,v in x.items() if k != 'idx'}, y.to(default_device())) for x,y in batches]
     contents = [content_tokens(x, special) for x,_ in batches]
     values = [deletion_values(model, x, y, loss_func, mask, c) for (x,y),c in zip(batches, contents)]
     paths = [integrated_gradients(model, x, c, mask).abs() for (x,_),c in zip(batches, contents)] if gradients else []
-    economy = Economy(model, tokens=tokens, block=block)
-    worth, before = taylor(economy, appraisal, loss_func), observe(economy, batches, special, values)
+    economy = Economy(model, tokens=tokens, block_size=block_size)
+    worth, before = taylor(economy, scoring, loss_func), observe(economy, batches, special, values)
     alike = dict(kind='none', share=1., **{k: interval(before[1][k].mean((1, 2))) for k in MEASURES}, by_head={k: v.mean(0).round(decimals=4).tolist() for k,v in before[1].items()})
     if gradients:
         by_path = observe(economy, batches, special, paths)[1]
@@ -59,7 +59,7 @@ def classifier(plan, samples, tokenizer, out, seed, sentences):
     long = [s for s in samples['validation'] if len(s[0]['input_ids']) >= 8]
     some = random.Random(0).sample(long, min(sentences, len(long)))
     def right(labels, logits, which): return next(iter(score(task, logits[which], labels[which]).values()))
-    return look(bench.dense, length_sorted(some, 32, pad_id=pad), tokenizer.all_special_ids, tokenizer.mask_token_id, loss_of(task), bench.batches(), right, tokens, plan.block)
+    return look(bench.dense, length_sorted(some, 32, pad_id=pad), tokenizer.all_special_ids, tokenizer.mask_token_id, loss_of(task), bench.batches(), right, tokens, plan.block_size)
 
 
 def decoder(plan, text, seed, sentences, length):
@@ -70,7 +70,7 @@ def decoder(plan, text, seed, sentences, length):
     def likelihood(labels, logits, which):
         if logits not in known: known[logits] = torch.stack([-lm_loss(l[None], y[None]) for l,y in zip(logits, labels)])
         return known[logits][which].mean().item()
-    return look(model.to(default_device()), windows(seed, sentences), tokenizer.all_special_ids, tokenizer.eos_token_id, lm_loss, windows(1000 + seed, sentences), likelihood, length, plan.block, gradients=False)
+    return look(model.to(default_device()), windows(seed, sentences), tokenizer.all_special_ids, tokenizer.eos_token_id, lm_loss, windows(1000 + seed, sentences), likelihood, length, plan.block_size, gradients=False)
 
 
 def main():
@@ -93,7 +93,7 @@ def main():
     plan = Plan(model=SMOLLM2 if lm else MINILM, task='cola' if lm else args.task, data=args.data, seeds=args.seeds, first=args.first, epochs=0, methods=('taylor',))
     shares, done = [float(s) for s in args.shares.split(',')], read_runs(args.records).to_dict('records')
     wanted = [dict(task=args.task, model=plan.model, seed=s, kind=k, share=h, sentences=args.sentences, **(dict(length=args.length) if lm else {})) for s in range(plan.first, plan.first + plan.seeds) for k,h in [('none', 1.), *((k, h) for k in KINDS for h in shares)]]
-    todo = deal((w for w in wanted if not any(all(d.get(k) == v for k,v in w.items()) for d in done)), itemgetter('seed'))
+    todo = shard_seeds((w for w in wanted if not any(all(d.get(k) == v for k,v in w.items()) for d in done)), itemgetter('seed'))
     if not todo: return print('nothing left to do here')
     if lm: text = detokenize(load_wikitext(args.data, splits=('validation',))['validation'])
     else:

@@ -13,10 +13,10 @@ Parameters. A share is one of the *whole* model, embeddings included, as in SIMP
 neurons leave and embeddings stay (21 % of SmolLM2-135M), so layers have to lose more. --without-embeddings takes the share of the layers' parameters only. `achieved` is the share that was asked for, `achieved_params` and `achieved_layers` are both.
 
 `economy` lets Taylor and Fisher values at several rates of exchange compete in trials of an eighth and a quarter of the steps; the others choose once. `repair` adds 0.3 of what agents write to Fisher's values (both in shares of their sum), and refits output projections by least squares before recovery. `any-price` is one checkpoint for all shares: the same values without a refit,
-and as many steps as specialists for all shares take together, each at a share by lot. `dense:more` is the dense
+and as many steps as specialists for all shares take together, each at a share at random. `dense:more` is the dense
 model with the same recovery steps, by which one may compare as well. Token embeddings are frozen throughout. 'smollm2' is instruction-tuned and was dequantised from 4 bits: see `note`. With --steps 0 there is no recovery.
 
-A repair learns from more windows (--refit) than appraisers look at: they are cheap, four passes forward, and what it needs to know is more. With --dtype bfloat16 products are made in bfloat16, in all but the tests; weights and their updates stay in float32.
+A repair learns from more windows (--refit) than importance scores look at: they are cheap, four passes forward, and what it needs to know is more. With --dtype bfloat16 products are made in bfloat16, in all but the tests; weights and their updates stay in float32.
 
 On two slow cores: --batch 2 --dtype bfloat16 --refit 96 --test-tokens 20000 --context 512 --stride 512 --steps 60 --dense-steps 120 --threads 1, some ten minutes a run, with --lr 2e-4 for repair and 3e-4 for taylor, fisher and any-price: chosen among three on held-out articles, for repair and for taylor (a rate that mends a broken model breaks a mended one). --refit 96 holds 4.5 GB. On a graphics card: --windows 8.
 """
@@ -36,21 +36,21 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from compecon.clock import now, provenance
+from compecon.lab.records import now, provenance
 from compecon.economy import Economy
-from compecon.exchange import exchange, tournament
-from compecon.firms import form_firms
+from compecon.halving import head_weight, successive_halving
+from compecon.sort_neurons import sort_neurons
 from compecon.flops import count_flops, latency
-from compecon.frontier import append_run, deal, read_runs
+from compecon.lab.records import append_run, shard_seeds, read_runs
 from compecon.repair import repair
 from compecon.settle import save, settle
-from compecon.tariff import allocate
-from compecon.valuation import VALUATIONS, activation, appraise
-from compecon.wikitext import SMOLLM2, detokenize, encode, lm_batches, lm_loss, load_decoder, load_wikitext, perplexity, python_reference, tune
+from compecon.curves import allocate
+from compecon.importance import SCORES, activation, score_agents
+from compecon.lab.wikitext import SMOLLM2, detokenize, encode, lm_batches, lm_loss, load_decoder, load_wikitext, perplexity, python_reference, tune
 
-ENTRANTS = [('taylor', r) for r in (1, 2, 4)] + [('fisher', r*r) for r in (1, 2, 4)] # Fisher values are squares
+CANDIDATES = [('taylor', r) for r in (1, 2, 4)] + [('fisher', r*r) for r in (1, 2, 4)] # Fisher values are squares
 FAMILY = 'any-price'
-METHODS = 'economy', 'repair', *VALUATIONS, FAMILY, 'dense:more'
+METHODS = 'economy', 'repair', *SCORES, FAMILY, 'dense:more'
 REPRESENTATION = 0.3 # Share of what agents write in the values of `repair`
 SHARED = 'model', 'task', 'length', 'batch', 'dense_steps', 'dense_lr', 'dtype', 'context', 'stride', 'test_tokens' # By which two dense runs are the same
 OUT, RECORDS = 'results/wikitext', 'results/wikitext.jsonl'
@@ -106,27 +106,27 @@ class Bench:
     def held_out(self, model): return perplexity(model, self.tokenizer, self.held, self.args.length, self.args.length, self.clean, self.args.windows)
     def final(self, model): return perplexity(model, self.tokenizer, self.test, self.args.context, self.args.stride, self.clean, self.args.windows)
 
-    def budget(self, share): # As compecon.tariff takes it
+    def budget(self, share): # As compecon.cost curves takes it
         if not self.args.without_embeddings: return f'{share} params'
         return f'{embeddings(self.dense) + math.floor(share*(size(self.dense) - embeddings(self.dense)))} params'
 
 
 def founded(bench, appraiser):
-    "A copy of the dense model with firms, as an economy"
+    "A copy of the dense model with sorted neurons, as an economy"
     model = copy.deepcopy(bench.dense)
-    with bench.casting(): form_firms(model, appraiser, bench.looks, lm_loss, bench.seed, bench.args.length)
-    return Economy(model, tokens=bench.args.length, block=bench.args.block)
+    with bench.casting(): sort_neurons(model, appraiser, bench.looks, lm_loss, bench.seed, bench.args.length)
+    return Economy(model, tokens=bench.args.length, block_size=bench.args.block_size)
 
 
 def compete(bench, share):
-    "Candidates of several appraisers and rates in a tournament; the best as it was before its trial, training FLOPs, and the tournament"
+    "Candidates of several importance scores and rates in a tournament; the best as it was before its trial, training FLOPs, and the tournament"
     made, rounds, looks = {}, (bench.args.steps//8, bench.args.steps//4), 0
-    for method in dict.fromkeys(m for m,_ in ENTRANTS):
+    for method in dict.fromkeys(m for m,_ in CANDIDATES):
         economy = founded(bench, method)
-        with bench.casting(): values, looks = appraise(economy, method, bench.looks, lm_loss, bench.seed).clone(), looks + 2
-        for rate in (r for m,r in ENTRANTS if m == method):
-            economy.valuations = values
-            exchange(economy, rate)
+        with bench.casting(): values, looks = score_agents(economy, method, bench.looks, lm_loss, bench.seed).clone(), looks + 2
+        for rate in (r for m,r in CANDIDATES if m == method):
+            economy.values = values
+            head_weight(economy, rate)
             allocate(economy, bench.budget(share))
             made[method, rate] = settle(economy).cpu()  # on the device only while it competes
         economy.remove()
@@ -137,14 +137,14 @@ def compete(bench, share):
     def judge(model):
         spent.append(bench.held_windows*bench.flops(model))
         return math.log(bench.held_out(model)['token'])
-    table = tournament({name: partial(copy.deepcopy, made[name]) for name in made}, train, judge)
+    table = successive_halving({name: partial(copy.deepcopy, made[name]) for name in made}, train, judge)
     return made[table.index[0]].to(device), 3*looks*len(bench.looks)*bench.args.batch*bench.flops(bench.dense) + sum(spent), table
 
 
 def mixture(economy, bench):
     "Fisher values with a share of what agents write"
     costs = economy.prices.costs.to(economy.log_values.device)
-    with bench.casting(): worth, written = (v/(v*costs).sum() for v in (appraise(economy, 'fisher', bench.looks, lm_loss).clone(), activation(economy, bench.looks)))
+    with bench.casting(): worth, written = (v/(v*costs).sum() for v in (score_agents(economy, 'fisher', bench.looks, lm_loss).clone(), activation(economy, bench.looks)))
     return worth + REPRESENTATION*written
 
 
@@ -152,11 +152,11 @@ def choose(bench, method, share):
     "From the dense model to a settled one; training FLOPs; what else is worth a record"
     if method == 'economy':
         small, flops, table = compete(bench, share)
-        return small, flops, dict(tournament=[[*name, *(None if math.isnan(x) else round(x, 4) for x in row)] for name,row in zip(table.index, table.values)])
+        return small, flops, dict(successive_halving=[[*name, *(None if math.isnan(x) else round(x, 4) for x in row)] for name,row in zip(table.index, table.values)])
     economy, looks = founded(bench, 'fisher' if method == 'repair' else method), len(bench.looks)*dict(random=0, magnitude=0, activation=2/3).get(method, 2)
-    if method == 'repair': economy.valuations = mixture(economy, bench)
+    if method == 'repair': economy.values = mixture(economy, bench)
     else:
-        with bench.casting(): appraise(economy, method, bench.looks, lm_loss, bench.seed)
+        with bench.casting(): score_agents(economy, method, bench.looks, lm_loss, bench.seed)
     allocate(economy, bench.budget(share))
     if method == 'repair':
         with bench.casting(): repair(economy, bench.refit)
@@ -167,15 +167,15 @@ def choose(bench, method, share):
 
 
 def train_family(bench, shares, file):
-    "The economy of one checkpoint for all shares, from a file or trained now, each step at a share by lot; training seconds and FLOPs"
+    "The economy of one checkpoint for all shares, from a file or trained now, each step at a share at random; training seconds and FLOPs"
     if file.is_file():
-        economy, kept = Economy(copy.deepcopy(bench.dense), tokens=bench.args.length, block=bench.args.block), torch.load(file)
+        economy, kept = Economy(copy.deepcopy(bench.dense), tokens=bench.args.length, block_size=bench.args.block_size), torch.load(file)
         economy.model.load_state_dict(kept['model'])
         economy.log_values.data = kept['log_values'].to(economy.log_values.device)
         return economy, kept['seconds'], kept['flops']
     start, steps, rng, opened = time.perf_counter(), bench.args.steps*len(shares), random.Random(bench.seed), []
     economy = founded(bench, 'fisher')
-    economy.valuations = mixture(economy, bench)
+    economy.values = mixture(economy, bench)
     for share in shares:
         allocate(economy, bench.budget(share))
         opened.append(economy.open.float())
@@ -268,7 +268,7 @@ def main():
     parser.add_argument('--seeds', type=int, default=1)
     parser.add_argument('--first', type=int, default=0, help='the first seed')
     for name, default, kind, what in (('length', 256, int, 'tokens of a window in training'), ('batch', 4, int, 'windows of a step'), ('steps', 100, int, 'of recovery, for every method'), ('lr', 3e-4, float, 'of recovery'), ('hidden', 0.3, float, 'weight of hidden states in recovery'),
-            ('dense-steps', 100, int, 'of the dense model'), ('dense-lr', 5e-5, float, 'of the dense model'), ('looks', 16, int, 'windows that appraisers see'), ('refit', 64, int, 'windows that a repair fits'), ('block', 32, int, 'neurons of an agent'),
+            ('dense-steps', 100, int, 'of the dense model'), ('dense-lr', 5e-5, float, 'of the dense model'), ('looks', 16, int, 'windows that importance scores see'), ('refit', 64, int, 'windows that a repair fits'), ('block', 32, int, 'neurons of an agent'),
             ('context', 1024, int, 'tokens seen at once, in the test'), ('stride', 512, int, 'tokens between windows, in the test'), ('held-tokens', 5000, int, 'of the text for choices'), ('windows', 1, int, 'scored at once')):
         parser.add_argument(f'--{name}', type=kind, default=default, help=f'{what} ({default})')
     parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'), help='of products in training and appraisal; tests are in float32')
@@ -286,7 +286,7 @@ def main():
 
     log = Log(args, 'python' if args.data == 'python' else 'wikitext-103' + '-raw'*args.raw, shares)
     wanted = [(s, m, p) for s in range(args.first, args.first + args.seeds) for m,p in [('dense', 1.)] + [(m, 1.) for m in methods if m == 'dense:more'] + [(FAMILY, p) for p in shares if FAMILY in methods] + [(m, p) for p in shares for m in methods if m not in (FAMILY, 'dense:more')]]
-    todo = deal([w for w in wanted if log.find(w[1], w[0], w[2]) is None], itemgetter(0))
+    todo = shard_seeds([w for w in wanted if log.find(w[1], w[0], w[2]) is None], itemgetter(0))
     if todo:
         read = texts(args)
         pretrained, tokenizer = load_decoder(args.model)
