@@ -15,6 +15,7 @@ _MODULES = {
     'callback': 'Distill EconomyCallback HFCallback hf_collate',
     'core': 'Budget mean_tokens',
     'economy': 'Economy layer_table',
+    'flops': 'count_flops latency',
     'importance': 'score_agents sort_neurons',
     'market': 'AugmentedLagrangian ClearedMarket DualAscent MeasuredMarket PostedPrice SampledBudgets',
     'methods': 'apply_method',

@@ -1,6 +1,7 @@
 """`quarto`, as far as nbdev calls it. The real one is used wherever it is on the PATH; else smalldocs renders the site.
 
-Maths become MathML while rendering, so that pages need nothing from the network.
+Maths become MathML while rendering, so that pages need nothing from the network, and pages get the names that their front matter gives
+them as `output-file`.
 """
 import base64
 import html
@@ -15,6 +16,8 @@ from pathlib import Path
 import yaml
 from latex2mathml.converter import convert
 
+TEXT = '.html', '.json', '.xml', '.txt'  # where pages are named
+
 
 def real_quarto():
     "A Quarto elsewhere on the PATH, or `None`"
@@ -27,6 +30,16 @@ def real_quarto():
 def output_folder(): return Path(yaml.safe_load(Path('nbdev.yml').read_text())['project']['output-dir'])
 
 
+def cells_of(notebook): return json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
+
+
+def front_matter(notebook):
+    "What the first cell of a notebook says about its page"
+    source = ''.join((cells_of(notebook) or [dict(source='')])[0]['source'])
+    found = re.match(r'---\n(.*?)\n---', source, re.S)
+    return yaml.safe_load(found[1]) if found else {}
+
+
 def mathml(page):
     "Replace TeX by MathML in a page, and drop the renderer that it would have loaded"
     def one(match):
@@ -36,6 +49,18 @@ def mathml(page):
     return re.sub(r'<(script|link)[^>]*cdn\.jsdelivr\.net/npm/katex[^>]*>(</script>)?', '', page)
 
 
+def rename_pages(out):
+    "Give pages their `output-file`, and have everything that names them say so"
+    names = {n.stem: Path(front_matter(n).get('output-file', n.stem)).stem for n in Path('.').glob('*.ipynb')}
+    names = {old: new for old, new in names.items() if old != new and (out/f'{old}.html').exists()}
+    for old, new in names.items(): (out/f'{old}.html').rename(out/f'{new}.html')
+    if not names: return
+    known = re.compile(r'(?<![\w.-])(' + '|'.join(map(re.escape, names)) + r')(?=\.html)')
+    for file in (f for f in out.rglob('*') if f.suffix in TEXT):
+        text = file.read_text(encoding='utf-8')
+        file.write_text(known.sub(lambda m: names[m[1]], text), encoding='utf-8')
+
+
 def render_site():
     "The project in this folder, to the output folder that it names"
     out = output_folder()
@@ -43,29 +68,38 @@ def render_site():
     status = subprocess.run([sys.executable, '-m', 'smalldocs.cli', 'render', '--quiet', '.']).returncode
     if status: return status
     for page in out.rglob('*.html'): page.write_text(mathml(page.read_text(encoding='utf-8')), encoding='utf-8')
+    rename_pages(out)
     return 0
+
+
+def output_text(output, images, name):
+    "One output of a cell as GitHub's Markdown; a picture is written into a folder"
+    data = output.get('data', {'text/plain': output.get('text', '')})
+    data = {k: ''.join(v) for k, v in data.items() if not isinstance(v, dict)}
+    if 'image/png' in data:
+        (images/f'{name}.png').write_bytes(base64.b64decode(data['image/png']))
+        return f'![]({images.name}/{name}.png)'
+    if 'text/html' in data: return re.sub(r'<style.*?</style>|\n\s*', '', data['text/html'], flags=re.S)
+    if 'text/markdown' in data: return data['text/markdown']
+    return f'```\n{data.get("text/plain", "").rstrip()}\n```'
+
+
+def cell_texts(cell, images, number):
+    "The parts of a cell, as its directives say"
+    source = ''.join(cell['source'])
+    if cell['cell_type'] == 'markdown': return [re.sub(r'\A---\n.*?\n---\n', '', source, flags=re.S)]
+    if cell['cell_type'] != 'code' or re.search(r'^#\|\s*(hide|include: false)', source, re.M): return []
+    code = '\n'.join(line for line in source.split('\n') if not line.startswith('#|'))
+    shown = [] if re.search(r'^#\|\s*echo:\s*false', source, re.M) else [f'```python\n{code}\n```']
+    return shown + [output_text(o, images, f'{number}-{i}') for i, o in enumerate(cell['outputs'])]
 
 
 def render_markdown(notebook, name):
     "One notebook as GitHub's Markdown, with its pictures beside it"
-    out, images = output_folder(), f'{Path(notebook).stem}_files'
-    (out/images).mkdir(parents=True, exist_ok=True)
-    parts = []
-    for n, cell in enumerate(json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']):
-        source = ''.join(cell['source'])
-        if cell['cell_type'] == 'markdown': parts.append(source)
-        if cell['cell_type'] != 'code' or re.search(r'^#\|\s*(hide|include: false)', source, re.M): continue
-        code = '\n'.join(l for l in source.split('\n') if not l.startswith('#|'))
-        if not re.search(r'^#\|\s*echo:\s*false', source, re.M): parts.append(f'```python\n{code}\n```')
-        for i, output in enumerate(cell['outputs']):
-            data = {k: ''.join(v) for k,v in output.get('data', {'text/plain': output.get('text', '')}).items() if not isinstance(v, dict)}
-            if 'image/png' in data:
-                (out/images/f'{n}-{i}.png').write_bytes(base64.b64decode(data['image/png']))
-                parts.append(f'![]({images}/{n}-{i}.png)')
-            elif 'text/html' in data: parts.append(re.sub(r'<style.*?</style>|\n\s*', '', data['text/html'], flags=re.S))
-            elif 'text/markdown' in data: parts.append(data['text/markdown'])
-            else: parts.append(f'```\n{data.get("text/plain", "").rstrip()}\n```')
-    parts = [re.sub(r'\A---\n.*?\n---\n', '', p, flags=re.S) for p in parts]
+    out = output_folder()
+    images = out/f'{Path(notebook).stem}_files'
+    images.mkdir(parents=True, exist_ok=True)
+    parts = [part for n, cell in enumerate(cells_of(notebook)) for part in cell_texts(cell, images, n)]
     (out/name).write_text('\n\n'.join(p for p in parts if p.strip()) + '\n', encoding='utf-8')
     return 0
 

@@ -1,0 +1,121 @@
+"""The rules of the house: what may import what, lines, numbers in titles, and the sidebar. Says what is wrong, and exits 1.
+
+Run from the top of the repository:  python tools/check_house.py
+"""
+import ast
+import json
+import re
+import sys
+from pathlib import Path
+
+import yaml
+
+EXPORTED, LESSON = 120, 88  # characters of a line
+LAYERS = {'study': 2, 'lab': 1}  # a part of the package imports from its own layer and from lower ones
+
+
+def notebooks(folder):
+    "Numbered notebooks, in order: path and cells"
+    files = [p for p in folder.glob('*.ipynb') if re.match(r'\d\d[a-z]?_', p.name)]
+    return [(p, json.loads(p.read_text(encoding='utf-8'))['cells']) for p in sorted(files, key=number)]
+
+
+def number(path):
+    "Its place in the order: '20a_training' comes after '20_market'"
+    found = re.match(r'(\d\d)([a-z]?)_', path.name)
+    return int(found[1]), found[2]
+
+
+def source(cell): return ''.join(cell['source'])
+
+
+def is_exported(cell): return bool(re.search(r'^#\|\s*exports?\b', source(cell), re.M))
+
+
+def module_of(cells):
+    "The module that a notebook writes, or `None`"
+    found = [m[1] for c in cells if (m := re.search(r'^#\|\s*default_exp\s+(\S+)', source(c), re.M))]
+    return found[0] if found else None
+
+
+def imported(code):
+    "Modules of the package that some code imports, `''` for the front door"
+    tree = ast.parse(re.sub(r'^\s*[%!].*$', '', code, flags=re.M))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or '').split('.')[0] == 'compecon':
+            inside = node.module.removeprefix('compecon').removeprefix('.')
+            yield from [inside] if inside else [a.name for a in node.names]
+        if isinstance(node, ast.Import):
+            yield from (a.name.removeprefix('compecon').removeprefix('.') for a in node.names
+                        if a.name.split('.')[0] == 'compecon')
+
+
+def check_imports(found):
+    "A notebook imports from lower numbers only; the core from neither lab nor study, lab not from study"
+    owner = {module_of(cells): path for path, cells in found if module_of(cells)}
+    for path, cells in found:
+        mine = module_of(cells)
+        for cell in (c for c in cells if c['cell_type'] == 'code'):
+            for name in imported(source(cell)):
+                if name in owner and number(owner[name]) > number(path):
+                    yield f'{path} imports compecon.{name}, which the later notebook {owner[name].name} writes'
+                theirs = LAYERS.get(name.split('.')[0], 0)
+                if mine and is_exported(cell) and theirs > LAYERS.get(mine.split('.')[0], 0):
+                    yield f'{path}: compecon.{mine} may not import compecon.{name}'
+
+
+def check_package(folder):
+    "The same for the generated package, whose imports are relative"
+    for path in sorted(folder.rglob('*.py')):
+        if path.name == '_modidx.py': continue
+        parts = path.relative_to(folder).parts
+        mine = LAYERS.get(parts[0], 0)
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if not isinstance(node, ast.ImportFrom) or not node.level: continue
+            above = len(parts) - node.level  # folders below the package that the import starts from
+            name = '.'.join([*parts[:above], node.module or ''])
+            if LAYERS.get(name.split('.')[0], 0) > mine: yield f'{path} may not import compecon.{name}'
+
+
+def check_lines(found, scripts):
+    "Exported code and scripts within 120 characters, lesson cells within 88"
+    for path, cells in found:
+        for cell in (c for c in cells if c['cell_type'] == 'code'):
+            limit = EXPORTED if is_exported(cell) else LESSON
+            for line in source(cell).split('\n'):
+                if len(line) > limit: yield f'{path} has a line of {len(line)} characters, over {limit}: {line.strip()[:60]}...'
+    for path in scripts:
+        for i, line in enumerate(path.read_text(encoding='utf-8').split('\n'), 1):
+            if len(line) > EXPORTED: yield f'{path}:{i} has {len(line)} characters, over {EXPORTED}'
+
+
+def check_titles(found):
+    "The title of a notebook begins with its number"
+    for path, cells in found:
+        wanted = re.match(r'\d\d[a-z]?', path.name)[0]
+        title = source(cells[0]).split('\n')[0]
+        if not re.match(rf'# {wanted} \S', title): yield f'{path} begins with {title!r}: its title must begin with "# {wanted} "'
+
+
+def check_sidebar(found, config):
+    "Every notebook is in the sidebar, once"
+    contents = config['website']['sidebar']['contents']
+    listed = [item for section in contents for item in section['contents']]
+    for path in [Path('nbs/index.ipynb'), *(p for p, _ in found)]:
+        if listed.count(path.name) != 1:
+            yield f'{path} is {listed.count(path.name)} times in the sidebar: add it once to its group in _quarto.yml'
+    for name in listed:
+        if not Path('nbs', name).exists(): yield f'_quarto.yml lists {name}, which is not there'
+
+
+def main():
+    found = notebooks(Path('nbs'))
+    scripts = [*Path('experiments').glob('*.py'), *Path('benchmarks').glob('*.py'), *Path('tools').rglob('*.py'), Path('setup.py')]
+    config = yaml.safe_load(Path('_quarto.yml').read_text(encoding='utf-8'))
+    wrong = [*check_imports(found), *check_package(Path('compecon')), *check_lines(found, scripts),
+             *check_titles(found), *check_sidebar(found, config)]
+    print('\n'.join(wrong) if wrong else f'{len(found)} notebooks in order')
+    sys.exit(bool(wrong))
+
+
+if __name__ == '__main__': main()
