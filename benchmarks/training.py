@@ -1,4 +1,4 @@
-"""What gates cost a training step, and what leaving saves: MiniLM-L6, interleaved, median and quartiles.
+"""What gates cost a training step, and what pruning in mid-training saves: MiniLM-L6, interleaved, with quartiles.
 
 Run:  python benchmarks/training.py [--batch 32] [--tokens 32] [--budget 0.2] [--rounds 15]
 """
@@ -7,58 +7,84 @@ import copy
 import warnings
 
 import torch
-from fastai.torch_core import default_device
 from transformers.utils import logging
 
 from compecon.agents import example_inputs
-from compecon.economy import Economy, marginal_values
-from compecon.lab.records import provenance
-from compecon.lab.experiment import MINILM, load_dense
+from compecon.economy import Economy
 from compecon.flops import latency
+from compecon.lab.finetune import MINILM, load_dense
 from compecon.lab.glue import GLUE
-from compecon.prune_in_training import prune_training
+from compecon.lab.records import provenance
 from compecon.market import ClearedMarket, MeasuredMarket
+from compecon.prune_in_training import prune_training
+from compecon.training import PricedTraining
+
+PCT = 0.4  # Share of training done: after warm-up, and before a market closes
 
 
-def stepper(model, inputs, economy=None, market=None):
-    "One training step: forward, backward, AdamW; with its market's part, if there is one"
-    opt, mean = torch.optim.AdamW(model.parameters(), 1e-5, fused=True), None
-    bids = torch.optim.Adam([economy.log_values], 0.05) if isinstance(market, ClearedMarket) else None
+def stepper(model, inputs, priced=None):
+    "One training step: forward, backward, AdamW; with the part of a market, if there is one"
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
 
     def step():
-        nonlocal mean
-        if market: market.update(economy, 0.4)
+        if priced: priced.before_forward(PCT)
         loss = model(**inputs).logits.square().mean()
-        if market: loss = market.charge(loss, economy)
-        loss.backward(); opt.step(); opt.zero_grad()
-        if bids: bids.step(); bids.zero_grad()
-        elif market:
-            values = marginal_values(economy)
-            mean = values if mean is None else 0.98*mean + 0.02*values
-            economy.values = mean
+        if priced: loss = priced.loss(loss)
+        loss.backward()
+        if priced: priced.after_backward()
+        optimizer.step()
+        optimizer.zero_grad()
     return step
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (('batch', 32), ('tokens', 32), ('rounds', 15)): parser.add_argument(f'--{name}', type=int, default=default)
-    parser.add_argument('--budget', type=float, default=0.2)
-    args = parser.parse_args()
-    logging.set_verbosity_error(); logging.disable_progress_bar(); warnings.filterwarnings('ignore')
-    dense = load_dense(MINILM, GLUE['stsb'])[0].to(default_device()).train()
-    inputs, candidates = example_inputs(dense, args.tokens, args.batch, seed=0), {'dense': stepper(dense, example_inputs(dense, args.tokens, args.batch, seed=0))}
-    for name, market in (('measured market', MeasuredMarket(args.budget)), ('cleared market', ClearedMarket(args.budget))):
-        economy = Economy(copy.deepcopy(dense), tokens=args.tokens)
-        candidates[name] = stepper(economy.model, inputs, economy, market)
-    economy = Economy(copy.deepcopy(dense), tokens=args.tokens)
+def gated(dense, inputs, market):
+    "A training step under a market"
+    economy = Economy(copy.deepcopy(dense), tokens=inputs['input_ids'].shape[1])
+    priced = PricedTraining(market, economy)
+    priced.start()
+    return stepper(economy.model, inputs, priced)
+
+
+def pruned(dense, inputs, budget):
+    "A training step after closed agents were cut, and the share of FLOPs that is left"
+    economy = Economy(copy.deepcopy(dense), tokens=inputs['input_ids'].shape[1])
     economy.values = torch.rand(len(economy))
-    economy.clear(args.budget)
+    economy.clear(budget)
     small = prune_training(economy)
     small.remove()
-    candidates[f'after leaving, at {small.spend():.2f} of the FLOPs'] = stepper(small.model, inputs)
-    table = latency(candidates, rounds=args.rounds, warmup=2, turn=0.5)
-    where = provenance(default_device())
-    print(f"{args.batch} x {args.tokens} tokens, {where['device']}, {where['threads']} threads, torch {torch.__version__}\n")
+    return stepper(small.model, inputs), small.spend()
+
+
+def candidates(dense, inputs, budget):
+    "All steps that are timed, by name; the dense one first"
+    step, spend = pruned(dense, inputs, budget)
+    return {'dense': stepper(dense, inputs),
+            'measured market': gated(dense, inputs, MeasuredMarket(budget)),
+            'cleared market': gated(dense, inputs, ClearedMarket(budget)),
+            f'after pruning, at {spend:.2f} of the FLOPs': step}
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--batch', type=int, default=32, help='sequences')
+    parser.add_argument('--tokens', type=int, default=32, help='length of each')
+    parser.add_argument('--rounds', type=int, default=15)
+    parser.add_argument('--budget', type=float, default=0.2, help="share of the dense model's FLOPs")
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    return parser.parse_args()
+
+
+def main():
+    args = arguments()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings('ignore')
+    dense = load_dense(MINILM, GLUE['stsb'])[0].to(args.device).train()
+    inputs = example_inputs(dense, args.tokens, args.batch, seed=0)
+    table = latency(candidates(dense, inputs, args.budget), rounds=args.rounds, warmup=2, turn=0.5)
+    where = provenance(args.device)
+    print(f"{args.batch} x {args.tokens} tokens, {where['device']}, {where['threads']} threads, "
+          f"torch {torch.__version__}\n")
     print(table.round(3).to_markdown())
 
 

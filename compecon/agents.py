@@ -92,7 +92,8 @@ FAMILIES = {
     'starcoder2': (_LLAMA[0], _blocks('layers.*.mlp', 'c_fc', 'c_proj')),
     'phi': (_heads('layers.*.self_attn', out_proj='dense'), _blocks('layers.*.mlp', 'fc1', 'fc2')),
     'stablelm': (_heads('layers.*.self_attn', counts=('num_heads', 'num_key_value_heads')), _LLAMA[1]),
-    'gptj': (_heads('h.*.attn', out_proj='out_proj'), _blocks('h.*.mlp', 'fc_in', 'fc_out')),
+    'gptj': (_heads('h.*.attn', out_proj='out_proj', counts=('num_attention_heads',)),
+             _blocks('h.*.mlp', 'fc_in', 'fc_out')),
     'gpt2': (_heads('h.*.attn', 'c_attn', 'c_proj', fused=3, widths=('split_size',)),
              _blocks('h.*.mlp', 'c_fc', 'c_proj')),
     'gpt_neox': (_heads('layers.*.attention', 'query_key_value', 'dense', interleaved=3, head_dim='head_size'),
@@ -169,7 +170,7 @@ _IDS = dict(bos_token_id=1, eos_token_id=2)
 TINY = {
     **dict.fromkeys(('bert', 'roberta', 'xlm-roberta', 'camembert', 'electra', 'mpnet'), _encoder()),
     **dict.fromkeys(('llama', 'mistral', 'qwen2', 'qwen3', 'gemma2'), _grouped()),
-    'gemma3_text': _grouped(sliding_window=8, layer_types=['sliding_attention', 'full_attention']),
+    'gemma3_text': _grouped(sliding_window=8, sliding_window_pattern=2),
     'granite': _decoder(num_key_value_heads=2, residual_multiplier=0.5),
     'smollm3': _decoder(num_key_value_heads=2, no_rope_layer_interval=2, **_IDS),
     'cohere': _decoder(num_key_value_heads=2, **_IDS),
@@ -333,7 +334,7 @@ def _check_widths(spec, base, inputs, dim):
         why = f'has {found} features, where {spec.out_proj!r} reads {width}'
         if found % width: raise _wrong(spec, 'in_projs', path, why)
         field = 'fused' if spec.interleaved == 1 else 'interleaved'
-        raise _wrong(spec, field, parts, f'is not the number of projections in {path!r}, which {why}')
+        raise _wrong(spec, field, getattr(spec, field), f'is not the number of projections in {path!r}, which {why}')
     if len({width_out(inputs[path]) for path in shared}) > 1:
         raise _wrong(spec, 'in_projs', tuple(shared), 'are not equally wide')
 

@@ -159,7 +159,8 @@ def measure_latency(
     block_size:int=32, # Neurons of a block
     folder:str|Path|None=None, # Where tables are kept, and looked for; compecon.core.cache_folder() if `None`
     seconds:float=60., # To spend, about
-    noise:float=0.05 # Spread from which on there is a second try, twice as long, and then a warning
+    noise:float=0.05, # Spread from which on there is a second try, twice as long, and then a warning
+    inputs:dict|None=None # Keyword arguments of such a batch, for models that read no `input_ids`
     )->LatencyTable: # Of this model, in this setting
     """What agents cost in milliseconds on this machine
 
@@ -177,7 +178,8 @@ def measure_latency(
         if table.spread < noise: return table
     kinds = {}
     for s in find_agents(model, block_size): kinds.setdefault(_kind(s), []).append(s)
-    times, spread = _timed(_models(model, kinds, block_size), example_inputs(model, tokens, batch), seconds, noise)
+    if inputs is None: inputs = example_inputs(model, tokens, batch)
+    times, spread = _timed(_models(model, kinds, block_size), inputs, seconds, noise)
     table = _table(made, kinds, times.ratio*times.ms['dense'], spread)
     table.save(file)
     return table

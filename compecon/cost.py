@@ -151,10 +151,12 @@ def check_tokens(
 def sublayer_flops(
     model:nn.Module, # A Hugging Face model
     sublayers:list[Sublayer], # Its sub-layers, from find_agents
-    tokens:int # Length of the sequence
+    tokens:int, # Length of the sequence
+    inputs:dict|None=None # Keyword arguments of one such sequence; example_inputs if `None`
     )->tuple[list[tuple[int,int]],int]: # For each sub-layer all FLOPs, and those of shared keys and values; the model's
     "Audited FLOPs of each sub-layer; raises `ValueError` if the model cannot take sequences of this length"
-    found = audit(model, **example_inputs(model, check_tokens(model, tokens)))
+    if inputs is None: inputs = example_inputs(model, check_tokens(model, tokens))
+    found = audit(model, **inputs)
     paths = {m: path for path,m in model.named_modules()}
     def executed(sublayer):
         is_head = sublayer.kind == 'head'
@@ -168,10 +170,11 @@ def sublayer_flops(
 def price_list(
     model:nn.Module, # A Hugging Face model
     sublayers:list[Sublayer], # Its sub-layers, from find_agents
-    tokens:int=128 # Length of the sequences that the model will see
+    tokens:int=128, # Length of the sequences that the model will see
+    inputs:dict|None=None # Keyword arguments of one such sequence, for models that read no `input_ids`
     )->PriceList: # In FLOPs
     "Price the agents of a model in FLOPs; raises `ValueError` if the model cannot take sequences of this length"
-    flops, total = sublayer_flops(model, sublayers, tokens)
+    flops, total = sublayer_flops(model, sublayers, tokens, inputs)
     costs, groups, shared, start = [], [], [], 0
     for s, (executed, of_groups) in zip(sublayers, flops):
         cost = torch.full((s.n,), (executed - of_groups)/s.n/total, dtype=torch.double)

@@ -83,10 +83,14 @@ class Economy(GatedModel):
         model:nn.Module, # A Hugging Face model of a family in compecon.agents.FAMILIES; gates are put on it
         tokens:int=128, # Length of sequences, for the price list; compecon.core.mean_tokens takes it from data
         block_size:int=32, # Neurons of a block
-        gate:Gate|None=None # How agents open and close; an AnnealedGate if `None`
+        gate:Gate|None=None, # How agents open and close; an AnnealedGate if `None`
+        inputs:dict|None=None # Keyword arguments of one sequence, for models that read no `input_ids`
         ):
         super().__init__(model, block_size, gate)
-        self.prices = price_list(model, self.sublayers, tokens)
+        try: self.prices = price_list(model, self.sublayers, tokens, inputs)
+        except BaseException:
+            self.remove()  # no gates without an economy
+            raise
 
     @property
     def price(self): # Loss per whole model of compute; the highest, where sub-layers have prices of their own

@@ -20,10 +20,12 @@ from .cost import check_tokens
 from .flops import latency
 
 # %% ../nbs/45_layout.ipynb #7c51df30
-def _projections(model, inputs): # With the number of rows that each reads
-    users = Counter(id(m.weight) for m in model.modules() if isinstance(getattr(m, 'weight', None), nn.Parameter))
-    rows, own = {}, [m for m in model.modules() if type(m) in (nn.Linear, Conv1D) and m.weight.is_floating_point() and m.weight.numel() and users[id(m.weight)] == 1]
+def _projections(model, inputs): # Each projection with weights of its own, and the number of rows that it reads
+    weights = [getattr(m, 'weight', None) for m in model.modules()]
+    users, rows = Counter(id(w) for w in weights if isinstance(w, nn.Parameter)), {}
+    def is_own(m): return m.weight.is_floating_point() and m.weight.numel() > 0 and users[id(m.weight)] == 1
     def note(m, args): rows[m] = args[0].numel()//args[0].shape[-1]
+    own = [m for m in model.modules() if type(m) in (nn.Linear, Conv1D) and is_own(m)]
     handles = [m.register_forward_pre_hook(note) for m in own]
     try: model(**inputs)
     finally:
@@ -31,25 +33,38 @@ def _projections(model, inputs): # With the number of rows that each reads
     return rows
 
 # %% ../nbs/45_layout.ipynb #005b1d1a
-def _turned(weight): return weight.t().contiguous().t() if weight.is_contiguous() else weight.contiguous() # The same numbers, in the other order in memory
-
 @torch.no_grad()
 def fit_layout(
     model:nn.Module, # A Hugging Face model; its weights are re-ordered in memory, in place
     batch:int=1, # Sequences at once
-    tokens:int=128, # Length of each; raises `ValueError` if the model cannot take it
+    tokens:int=128, # Length of each
     rounds:int=7 # Turns of each order
-    )->pd.DataFrame: # For each shape: rows of inputs, number of modules, `ms` of one as it was, `ratio` of the other order to it with quartiles, whether it was `turned`
-    "Keep the weights of every projection in the order that this machine multiplies faster"
-    rows, groups, table = _projections(model, example_inputs(model, check_tokens(model, tokens), batch)), {}, []
-    for m,n in rows.items(): groups.setdefault((type(m).__name__, width_in(m), width_out(m), n, m.weight.dtype, m.weight.is_contiguous(), m.bias is None), []).append(m)
-    for (kind, reads, writes, n, dtype, *_), modules in groups.items():
-        others, x = copy.deepcopy(modules), torch.randn(n, reads, dtype=dtype, device=modules[0].weight.device)
-        for m in others: m.weight.data = _turned(m.weight.data)
-        def call(ms): return lambda: [type(m).forward(m, x) for m in ms]
-        times = latency({'as it is': call(modules), 'turned': call(others)}, rounds=rounds, turn=0.01)
-        ratio = times.loc['turned']
-        if ratio.high < 1:
-            for m,o in zip(modules, others): m.weight.data = o.weight.data
-        table.append(dict(shape=f'{kind} {reads} → {writes}', rows=n, modules=len(modules), ms=times.ms['as it is']/len(modules), ratio=ratio.ratio, low=ratio.low, high=ratio.high, turned=bool(ratio.high < 1)))
-    return pd.DataFrame(table)
+    )->pd.DataFrame: # A row a shape: `rows` of inputs, `modules`, `ms` of one before, `ratio` and quartiles, `turned`?
+    """Keep the weights of every projection in the order that this machine multiplies faster
+
+    `ratio` is the time of the other order over that of the present one. Raises `ValueError` for sequences that the
+    model cannot take.
+    """
+    rows, groups = _projections(model, example_inputs(model, check_tokens(model, tokens), batch)), {}
+    for m, n in rows.items(): groups.setdefault(_shape(m, n), []).append(m)
+    return pd.DataFrame([_keep_faster(modules, rows[modules[0]], rounds) for modules in groups.values()])
+
+def _shape(m, rows): # Whatever the time of a projection depends on
+    weight = m.weight
+    return type(m), width_in(m), width_out(m), rows, weight.dtype, weight.is_contiguous(), m.bias is None
+
+def _turned(weight): # The same numbers, in the other order in memory
+    return weight.t().contiguous().t() if weight.is_contiguous() else weight.contiguous()
+
+def _keep_faster(modules, rows, rounds): # A row of the table
+    m, others = modules[0], copy.deepcopy(modules)
+    for o in others: o.weight.data = _turned(o.weight.data)
+    x = torch.randn(rows, width_in(m), dtype=m.weight.dtype, device=m.weight.device)
+    def calls(ms): return lambda: [type(m).forward(m, x) for m in ms]
+    times = latency({'as it is': calls(modules), 'turned': calls(others)}, rounds=rounds, turn=0.01)
+    ratio, ms = times.loc['turned'], times.ms['as it is']/len(modules)
+    turned = bool(ratio.high < 1)
+    if turned:
+        for mine, other in zip(modules, others): mine.weight.data = other.weight.data
+    return dict(shape=f'{type(m).__name__} {width_in(m)} → {width_out(m)}', rows=rows, modules=len(modules), ms=ms,
+                ratio=ratio.ratio, low=ratio.low, high=ratio.high, turned=turned)

@@ -117,7 +117,7 @@ class PackedUp(_Packed):
         return features[0] if self.parts == 1 else torch.cat(features, -1)
 
     def _features(self, i, rows, opened): # Of part `i`, (pairs, rows, width)
-        panels, scale, bias = (getattr(self, f'{name}{i}') for name in ('panels', 'scale', 'bias'))
+        panels, scale, bias = getattr(self, f'panels{i}'), getattr(self, f'scale{i}'), getattr(self, f'bias{i}')
         rows_first = self.state.kind == 'head'
         return _call(_UP, rows, panels, scale, bias, opened.group, opened.block, self.activation, rows_first)
 

@@ -83,6 +83,7 @@ def _offsets(model, args, kwargs): # What the router of a model says of the argu
     mask = inputs.get('attention_mask')
     return model.router(x.detach(), None if mask is None else mask.to(x.device))
 
+# %% ../nbs/44_router.ipynb #4ba39766
 class _Routed(Economy):
     "An economy that puts a router on its model"
     offsets = 0. # Of the latest sequences, `(batch, agents)`
@@ -162,7 +163,7 @@ class ContextualEconomy(_Routed):
         return f'{type(self).__name__}({agents}, {spend} at price {self.price:.3g}, {self.prices.tokens} tokens)'
     def _repr_markdown_(self): return f'{self!r}\n\n' + presence(self).to_markdown(index=False)
 
-# %% ../nbs/44_router.ipynb #be94422e
+# %% ../nbs/44_router.ipynb #bdbb0e5d
 def _router_share(budget, floor, curves=None): # A budget as a share of FLOPs
     budget = Budget(budget)
     if budget.unit != 'flops' or curves is not None:
@@ -238,7 +239,7 @@ def _spread(economy):
     return dict(mean=s.mean().item(), std=s.std(unbiased=False).item(), min=s.min().item(), max=s.max().item(),
                 sequences=len(s), sets=len(sets))
 
-# %% ../nbs/44_router.ipynb #ceff1fef
+# %% ../nbs/44_router.ipynb #8b0e9eef
 def pack_router(
     economy:ContextualEconomy, # Its gates must be hard; it is left as it is
     dtype:torch.dtype|None=None # To keep weights as, see compecon.packed.pack
