@@ -1,9 +1,11 @@
-"""The contest: every method, the same agents, data, distillation and epochs of recovery, on real tasks at small budgets.
+"""The contest: every method, with the same agents, data, distillation and epochs of recovery, on real tasks.
 
 Run:  python benchmarks/contest.py --data DATA [--tasks stsb,cola] [--budgets 0.2,0.1] [--seeds 3] [--methods ...]
 
-Every run is a line of OUT/runs.jsonl as soon as it ends; run again, it resumes. It may be started twice, with a task for
-each. An ablation is the same with a field of the plan changed, as in `--set sort_neurons=false`, `--set hidden=0`, or
+Every run is a line of OUT/runs.jsonl as soon as it ends; run again, it resumes. It may be started twice, with a task
+for each.
+
+An ablation is the same with a field of the plan changed, as in `--set sort_neurons=false`, `--set hidden=0`, or
 `--methods repair,kprune --set epochs=0`. Its lines go to a file of their own, OUT/runs-FIELD=VALUE.jsonl, where fields
 have the names that records have for them, and its runs start from the same dense models.
 """
@@ -30,7 +32,8 @@ def copy_dense(plan, out, file):
     "The contest's dense records of a plan, for an ablation's file"
     dense, known = (RunLog(Path(out, name), plan).runs() for name in ('runs.jsonl', file))
     for record in dense[dense.method == 'dense'].to_dict('records'):
-        if record['when'] not in set(known.when): append_run(record, Path(out, file))
+        if record['when'] in set(known.when): continue
+        append_run({k: v for k,v in record.items() if v == v}, Path(out, file))  # NaN is what other records have
 
 
 def main():

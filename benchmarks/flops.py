@@ -3,16 +3,15 @@
 Run:  python benchmarks/flops.py [--tokens 64]
 """
 import argparse
-import warnings
 
 import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers.utils import logging
 
 from compecon.agents import TINY, example_inputs, find_agents, tiny_model
 from compecon.cost import closed_form
 from compecon.flops import audit, flops_by_fvcore
+from compecon.lab.scripts import set_up
 
 
 def by_torch(model, inputs):
@@ -53,8 +52,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--tokens', type=int, default=64, help='length of the sequence')
     tokens = parser.parse_args().tokens
-    logging.set_verbosity_error()
-    warnings.filterwarnings('ignore')
+    set_up()
     rows = [row(family, tokens, attention) for family in TINY for attention in attentions(family)]
     print(f'FLOPs of one sequence of {tokens} tokens, tiny models, torch {torch.__version__}; '
           'the others relative to the audit\n')

@@ -8,20 +8,18 @@ read the same. They write greedily and never stop early, so all write the same n
 take turns in random order; medians over rounds, with quartiles of the ratio to dense. The first token is prefill;
 `tokens_s` is of those after it, with a cache.
 """
-import argparse
 import random
 import statistics
 import time
-import warnings
 from pathlib import Path
 
 import pandas as pd
 import torch
-from transformers.utils import logging
 
 from compecon.economy import Economy
 from compecon.importance import score_agents
 from compecon.lab.records import append_line, provenance
+from compecon.lab.scripts import read_args, script_parser
 from compecon.lab.wikitext import SMOLLM2, encode, load_decoder, python_reference
 from compecon.settle import settle
 
@@ -88,28 +86,20 @@ def record(share, model, times, dense_times, args):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--model', default=SMOLLM2)
+    parser = script_parser(__doc__, device='cuda' if torch.cuda.is_available() else 'cpu', records=RECORDS)
+    parser.add_argument('--model', default=SMOLLM2, help=f"'{SMOLLM2}', a folder, or a name on the hub ({SMOLLM2})")
     parser.add_argument('--params', default='0.74,0.52,0.33', help="shares of the dense model's, embeddings included")
-    parser.add_argument('--prompt', type=int, default=64, help='tokens')
-    parser.add_argument('--new', type=int, default=32, help='tokens, at least 2')
-    parser.add_argument('--rounds', type=int, default=9, help='at least 2')
-    parser.add_argument('--block-size', type=int, default=32)
-    parser.add_argument('--threads', type=int)
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--records', default=RECORDS)
-    args = parser.parse_args()
+    parser.add_argument('--prompt', type=int, default=64, help='tokens (64)')
+    parser.add_argument('--new', type=int, default=32, help='tokens, at least 2 (32)')
+    parser.add_argument('--rounds', type=int, default=9, help='at least 2 (9)')
+    parser.add_argument('--block-size', type=int, default=32, help='neurons of a block (32)')
+    args = read_args(parser)
     if args.new < 2 or args.rounds < 2: parser.error('--new and --rounds are at least 2')
     return args
 
 
 def main():
     args = arguments()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings('ignore', category=FutureWarning)  # the newest transformers has another `past_key_values`
-    if args.threads: torch.set_num_threads(args.threads)
-
     dense, tokenizer = load_decoder(args.model)
     dense.to(args.device)
     shares = [float(p) for p in args.params.split(',')]

@@ -10,10 +10,8 @@ does not depend on them), and so are values: log-normal for agents and for sub-l
 budget of FLOPs, and under the same share of time by a latency table that is measured first and kept in
 `compecon.core.cache_folder()`. Torch-Pruning, where it is installed, makes models of about the same FLOPs.
 """
-import argparse
 import copy
 import io
-import os
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -22,13 +20,13 @@ from pathlib import Path
 import pandas as pd
 import torch
 from transformers import BertConfig, BertForSequenceClassification
-from transformers.utils import logging
 
 from compecon.agents import example_inputs
 from compecon.budget import measure_latency
 from compecon.economy import Economy
 from compecon.flops import count_flops, latency
 from compecon.lab.records import append_line, provenance
+from compecon.lab.scripts import read_args, script_parser
 from compecon.layout import fit_layout
 from compecon.packed import pack
 from compecon.settle import settle
@@ -203,10 +201,10 @@ def measured(model, smaller, backend, x, seconds):
 def run(name, batch, tokens, args):
     "Rows of the records for one model and size"
     model = dense_model(name, args.device)
-    x, budgets = example_inputs(model, tokens, batch), [float(b) for b in args.budgets.split(',')]
+    x = example_inputs(model, tokens, batch)
     table = measure_latency(model, batch, tokens, seconds=args.seconds)
-    smaller = settled(model, budgets, table, tokens) | torch_pruned(model, budgets, x)
-    for backend in args.backends.split(','):
+    smaller = settled(model, args.budgets, table, tokens) | torch_pruned(model, args.budgets, x)
+    for backend in args.backends:
         for row in measured(model, smaller, backend, x, args.seconds):
             yield dict(model=name, batch=batch, tokens=tokens, **row, clock_spread=table.spread, seed=0)
         torch._dynamo.reset()
@@ -257,35 +255,28 @@ def tables(file):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--models', default='minilm,bert')
-    parser.add_argument('--sizes', default='1x1,1x16,1x128,8x128', help='batch x tokens')
-    parser.add_argument('--budgets', default='0.6,0.4,0.2')
-    parser.add_argument('--backends', default='eager')
-    parser.add_argument('--device', default='cpu')
-    parser.add_argument('--threads', type=int, default=1)
+    parser = script_parser(__doc__, budgets='0.6,0.4,0.2', threads=1, device='cpu',
+                           out=dict(default='results', help='folder of latency.jsonl'))
+    parser.add_argument('--models', default='minilm,bert', help=f'of {", ".join(MODELS)} (minilm,bert)')
+    parser.add_argument('--sizes', default='1x1,1x16,1x128,8x128', help='batch x tokens (1x1,1x16,1x128,8x128)')
+    parser.add_argument('--backends', default='eager', help=f'of {", ".join(BACKENDS)} (eager)')
     parser.add_argument('--tables', action='store_true', help='print the tables of what is in OUT, and measure nothing')
     parser.add_argument('--seconds', type=float, default=60., help='for each latency table, and each table of results')
-    parser.add_argument('--out', default='results')
-    return parser.parse_args()
+    return read_args(parser, dict(models=MODELS, backends=BACKENDS))
 
 
 def main():
     args = arguments()
     file = Path(args.out, 'latency.jsonl')
     if args.tables: return print(tables(file))
-    logging.set_verbosity_error()
-    warnings.filterwarnings('ignore', category=DeprecationWarning)
-    torch.set_num_threads(args.threads)
+    warnings.filterwarnings('always', module='compecon')  # says when times are too noisy
     torch.set_grad_enabled(False)
     torch._dynamo.config.recompile_limit = 64  # each settled model is another one of the same class
-    for name in args.models.split(','):
+    for name in args.models:
         for size in args.sizes.split(','):
             batch, tokens = (int(n) for n in size.split('x'))
             for row in run(name, batch, tokens, args): append_line(row | provenance(args.device), file)
     print(tables(file))
 
 
-if __name__ == '__main__':
-    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
-    main()
+if __name__ == '__main__': main()

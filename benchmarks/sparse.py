@@ -13,11 +13,8 @@ by block, in a batch), and torch's dynamic int8.
 
 `--tables` prints what is in OUT already, and measures nothing.
 """
-import argparse
 import copy
-import os
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +30,7 @@ from compecon.economy import Economy
 from compecon.flops import latency
 from compecon.kernels import ACTIVATIONS, down, ffn, open_set, pack_down, pack_up, up
 from compecon.lab.records import append_line, provenance
+from compecon.lab.scripts import read_args, script_parser
 from compecon.packed import pack
 from compecon.router import ContextualEconomy, calibrate, pack_router
 from compecon.settle import settle
@@ -40,6 +38,7 @@ from compecon.settle import settle
 MODELS = dict(
     bert=dict(hidden_size=768, num_hidden_layers=12, intermediate_size=3072, num_attention_heads=12),
     minilm=dict(hidden_size=384, num_hidden_layers=6, intermediate_size=1536, num_attention_heads=12))
+PARTS = 'ffn', 'attention', 'model'
 LAYERS, BLOCK, HEADS_OPEN = 12, 32, 7
 KEPT_AS = {'': None, ':bfloat16': torch.bfloat16, ':int8': torch.int8}  # names of ours, and how weights are kept
 
@@ -297,7 +296,7 @@ def tables(file):
         rows['size'] = [f'{int(b)} x {t}' if b > 1 else str(t) for b, t in zip(rows.batch, rows.tokens)]
         rows['time'] = [f'{r:.2f}' for r in rows.dense_ratio]
         text.append(device)
-        for op in ('ffn', 'attention', 'model'):
+        for op in PARTS:
             of_op = rows[rows.op == op].drop_duplicates(['shape', 'open', 'backend', 'size'], keep='last')
             if of_op.empty: continue
             of_op = of_op.sort_values(['batch', 'tokens']).assign(open=of_op.open.round(2))
@@ -307,17 +306,15 @@ def tables(file):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--models', default='bert,minilm')
-    parser.add_argument('--tokens', default='1,16,128,1024', help='1024 are 8 sequences of 128')
-    parser.add_argument('--open', default='1,0.75,0.6,0.5,0.25', help='shares of the agents')
-    parser.add_argument('--parts', default='ffn,attention,model')
+    parser = script_parser(__doc__, threads=1, device='cpu',
+                           out=dict(default='results', help='folder of kernels.jsonl'))
+    parser.add_argument('--models', default='bert,minilm', help=f'of {", ".join(MODELS)} (bert,minilm)')
+    parser.add_argument('--tokens', default='1,16,128,1024', help='1024 are 8 sequences of 128 (1,16,128,1024)')
+    parser.add_argument('--open', default='1,0.75,0.6,0.5,0.25', help='shares of the agents (1,0.75,0.6,0.5,0.25)')
+    parser.add_argument('--parts', default=','.join(PARTS), help=f'of {", ".join(PARTS)} (all)')
     parser.add_argument('--seconds', type=float, default=8., help='for each row of a table')
-    parser.add_argument('--device', default='cpu')
-    parser.add_argument('--threads', type=int, default=1)
-    parser.add_argument('--out', default='results')
     parser.add_argument('--tables', action='store_true', help='print the tables of what is in OUT, and measure nothing')
-    return parser.parse_args()
+    return read_args(parser, dict(models=MODELS, parts=PARTS))
 
 
 @torch.inference_mode()
@@ -326,8 +323,8 @@ def measure(args, file):
     loaded, origin = native.load(args.device.split(':')[0]), provenance(args.device)
     print(loaded.how, loaded.variant, loaded.why)
     shares = [float(o) for o in args.open.split(',')]
-    cases = [(part, name, int(tokens)) for name in args.models.split(',') for tokens in args.tokens.split(',')
-             for part in args.parts.split(',')]
+    cases = [(part, name, int(tokens)) for name in args.models for tokens in args.tokens.split(',')
+             for part in args.parts]
     for part, name, tokens in cases:
         for row in rows_of(part, name, tokens, shares, args):
             append_line(dict(row, model=name, variant=loaded.variant, **origin), file)
@@ -338,13 +335,9 @@ def main():
     args = arguments()
     file = Path(args.out, 'kernels.jsonl')
     if not args.tables:
-        warnings.filterwarnings('ignore')
-        torch.set_num_threads(args.threads)
         torch.manual_seed(0)
         measure(args, file)
     print(tables(file))
 
 
-if __name__ == '__main__':
-    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
-    main()
+if __name__ == '__main__': main()

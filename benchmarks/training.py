@@ -2,12 +2,9 @@
 
 Run:  python benchmarks/training.py [--batch 32] [--tokens 32] [--budget 0.2] [--rounds 15]
 """
-import argparse
 import copy
-import warnings
 
 import torch
-from transformers.utils import logging
 
 from compecon.agents import example_inputs
 from compecon.economy import Economy
@@ -15,6 +12,7 @@ from compecon.flops import latency
 from compecon.lab.finetune import MINILM, load_dense
 from compecon.lab.glue import GLUE
 from compecon.lab.records import provenance
+from compecon.lab.scripts import read_args, script_parser
 from compecon.market import ClearedMarket, MeasuredMarket
 from compecon.prune_in_training import prune_training
 from compecon.training import PricedTraining
@@ -65,20 +63,16 @@ def candidates(dense, inputs, budget):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--batch', type=int, default=32, help='sequences')
-    parser.add_argument('--tokens', type=int, default=32, help='length of each')
-    parser.add_argument('--rounds', type=int, default=15)
-    parser.add_argument('--budget', type=float, default=0.2, help="share of the dense model's FLOPs")
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    return parser.parse_args()
+    parser = script_parser(__doc__, device='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--batch', type=int, default=32, help='sequences (32)')
+    parser.add_argument('--tokens', type=int, default=32, help='length of each (32)')
+    parser.add_argument('--rounds', type=int, default=15, help='at least 2 (15)')
+    parser.add_argument('--budget', type=float, default=0.2, help="share of the dense model's FLOPs (0.2)")
+    return read_args(parser)
 
 
 def main():
     args = arguments()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings('ignore')
     dense = load_dense(MINILM, GLUE['stsb'])[0].to(args.device).train()
     inputs = example_inputs(dense, args.tokens, args.batch, seed=0)
     table = latency(candidates(dense, inputs, args.budget), rounds=args.rounds, warmup=2, turn=0.5)

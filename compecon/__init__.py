@@ -1,7 +1,7 @@
 """Make a transformer smaller, to exactly the budget that is named.
 
-Names are loaded when they are first used, so that `import compecon` takes no time. It also teaches transformers to load settled
-models, as soon as transformers is there.
+Names are loaded when they are first used, so that `import compecon` takes no time. It also teaches transformers to load
+settled models, as soon as transformers is there.
 """
 __version__ = "0.1.0"
 
@@ -38,7 +38,7 @@ def __getattr__(name):
 
 
 class _Package(ModuleType):
-    "`compecon.settle` is the function also after `import compecon.settle`; the module is found by `from compecon.settle import ...`"
+    "`compecon.settle` is the function, also after the module of this name was imported"
     def __setattr__(self, name, value):
         if name in _WHERE and isinstance(value, ModuleType): return
         super().__setattr__(name, value)

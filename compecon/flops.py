@@ -73,7 +73,7 @@ FORMULAS |= {getattr(_aten, f'_scaled_dot_product_{k}'): _of_inputs(_sdpa) for k
 FORMULAS |= {_aten._native_multi_head_attention: _of_inputs(_fused_attention),
              _aten._transformer_encoder_layer_fwd: _of_inputs(_fused_layer)}
 
-# %% ../nbs/02_flops.ipynb #fd929e77
+# %% ../nbs/02_flops.ipynb #431ce19d
 FREE = set("""
     _local_scalar_dense _nested_tensor_from_mask _nested_tensor_from_mask_left_aligned _pad_enum _safe_softmax
     _softmax _log_softmax _to_copy _unsafe_view all amax amin any arange argmax argmin bernoulli bernoulli_ cat clone
@@ -179,11 +179,11 @@ def count_flops(
 
 # %% ../nbs/02_flops.ipynb #55a56ec0
 class _Logits(nn.Module):
-    "A model that takes positional tensors and returns logits, as tracing wants it"
+    "A model that takes positional tensors and returns one, as tracing wants it"
     def __init__(self, model, names):
         super().__init__()
         self.model, self.names = model, names
-    def forward(self, *xs): return self.model(**dict(zip(self.names, xs))).logits
+    def forward(self, *xs): return self.model(**dict(zip(self.names, xs)))[0]
 
 def flops_by_fvcore(
     model:nn.Module, # A Hugging Face model
@@ -248,7 +248,7 @@ def _seconds(f, calls, clock): # Of one call, on average
     if torch.cuda.is_available(): torch.cuda.synchronize()
     return (clock() - start)/calls
 
-# %% ../nbs/02_flops.ipynb #4d01004f
+# %% ../nbs/02_flops.ipynb #5def1d1c
 def _quartiles(xs): return statistics.quantiles(xs, n=4, method='inclusive')
 
 def _timing_table(times): # Name -> seconds in each round

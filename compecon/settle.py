@@ -79,7 +79,7 @@ class BiasOnly(EmptyLinear):
         if self.bias is None: return x.new_zeros(*x.shape[:-1], self.out_features)
         return self.bias.expand(*x.shape[:-1], -1)
 
-# %% ../nbs/11_settle.ipynb #92e86794
+# %% ../nbs/11_settle.ipynb #7e513c38
 def _cache_of(kwargs): # The key-value cache that a call may carry; its names, the youngest first
     found = (kwargs[k] for k in ('cache', 'past_key_values', 'layer_past') if kwargs.get(k) is not None)
     cache = next(found, None)
@@ -132,7 +132,7 @@ def _cut_inputs(sublayer, agents, kept_kv): # Each of the projections that lie s
         one = _features(kept, width//units)
         keep_features(r, torch.cat([one + i*width for i in range(fused)]), 0)
 
-# %% ../nbs/11_settle.ipynb #b150f0db
+# %% ../nbs/11_settle.ipynb #c937fc93
 def _set_heads(sublayer, agents, kept_kv): # What an attention module remembers of its heads
     spec, core = sublayer.spec, sublayer.core
     width = getattr(core, spec.head_dim)
@@ -198,7 +198,7 @@ def round_up(
         rounded.append(torch.zeros_like(opened).index_fill(0, best, True))
     return torch.cat(rounded)
 
-# %% ../nbs/11_settle.ipynb #961007ff
+# %% ../nbs/11_settle.ipynb #00b9ce5e
 BACKENDS = {'torch': None, 'packed': 'compecon.packed:pack'} # What runs a settled model; imported when it is used
 
 def _check_ready(economy, backend):
@@ -271,7 +271,7 @@ class SettledConfig(QuantizationConfigMixin):
         self.quant_method, self.kept, self.block_size, self.format = 'compecon', kept, block_size, 3
     def get(self, key, default=None): return getattr(self, key, default)
 
-# %% ../nbs/11_settle.ipynb #ca089f71
+# %% ../nbs/11_settle.ipynb #13cb7eb7
 def _shapes(file): # Of all tensors in a file
     try:
         with safe_open(file, 'pt') as f: return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}

@@ -1,17 +1,17 @@
-"""Do gates that read their input beat gates that do not? Both at the same audited budget, on the same dense model, with the same training.
+"""Do gates that read their input beat gates that do not? Same budget, same dense model, same training.
 
 Run:  python experiments/context.py --data ../shared/data [--task cola|stsb] [--budgets 0.4,0.2] [--seeds 3]
           [--methods contextual,static]
 or:   accelerate launch --multi_gpu --num_processes 2 experiments/context.py --data ../shared/data ...
 
-The second command works with a GPU or without: the processes share out the seeds, and find the same models and scores as
-one. Every run is a line of RECORDS (results/context.jsonl) as soon as it ends; run again, the script resumes. Dense
-models and their records are those of benchmarks/contest.py, in OUT (results/contest), and are made if they are not there.
+The second command works with a GPU or without: the processes share out the seeds, and find the same models and scores
+as one. Every run is a line of RECORDS (results/context.jsonl) as soon as it ends; run again, the script resumes. Dense
+models and their records are those of benchmarks/contest.py, in OUT (results/contest), made if they are not there.
 
 Both methods trade for a quarter of the epochs and train with hard gates for the rest, taught by the dense model. Gates
 stay in place, so that nothing differs but the router. `contextual` is then held to one price, found on training
-sequences. `achieved` is its mean spend over validation, its router included, if only open agents ran (they all run here:
-latency is that of masks); `achieved_by_tokens` weighs each sequence by its length.
+sequences. `achieved` is its mean spend over validation, its router included, if only open agents ran (they all run
+here: latency is that of masks); `achieved_by_tokens` weighs each sequence by its length.
 
 A quick test: --samples 256 --out FOLDER --records FOLDER/context.jsonl.
 """
@@ -85,9 +85,7 @@ def main():
     args = read_args(parser, dict(methods=METHODS))
     plan = Plan(task=args.task, data=args.data, budgets=args.budgets, seeds=args.seeds, first=args.first)
     log, seeds = RunLog(args.records, plan), range(plan.first, plan.first + plan.seeds)
-    wanted = [(s, m, b) for s in seeds for b in plan.budgets for m in args.methods]
-    missing = log.missing(wanted)
-    todo = left_to_do(wanted, lambda run: run not in missing)
+    todo = left_to_do(log.missing((s, m, b) for s in seeds for b in plan.budgets for m in args.methods))
     data = read_data(plan, args.samples) if todo else None
     for seed, runs in by_seed(todo):
         bench = dense_bench(plan, seed, data, args.out)

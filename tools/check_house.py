@@ -1,4 +1,6 @@
-"""The rules of the house: what may import what, lines, numbers in titles, and the sidebar. Says what is wrong, and exits 1.
+"""The rules of the house: what may import what, lines, numbers in titles, and the sidebar.
+
+Says what is wrong, and exits 1.
 
 Run from the top of the repository:  python tools/check_house.py
 """
@@ -9,6 +11,8 @@ import sys
 from pathlib import Path
 
 import yaml
+
+import compecon
 
 EXPORTED, LESSON = 120, 88  # characters of a line
 LAYERS = {'study': 2, 'lab': 1}  # a part of the package imports from its own layer and from lower ones
@@ -39,12 +43,12 @@ def module_of(cells):
 
 
 def imported(code):
-    "Modules of the package that some code imports, `''` for the front door"
+    "Modules of the package that some code imports; what the front door offers is no module"
     tree = ast.parse(re.sub(r'^\s*[%!].*$', '', code, flags=re.M))
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or '').split('.')[0] == 'compecon':
             inside = node.module.removeprefix('compecon').removeprefix('.')
-            yield from [inside] if inside else [a.name for a in node.names]
+            yield from [inside] if inside else [a.name for a in node.names if a.name not in compecon.__all__]
         if isinstance(node, ast.Import):
             yield from (a.name.removeprefix('compecon').removeprefix('.') for a in node.names
                         if a.name.split('.')[0] == 'compecon')
@@ -83,7 +87,7 @@ def check_lines(found, scripts):
         for cell in (c for c in cells if c['cell_type'] == 'code'):
             limit = EXPORTED if is_exported(cell) else LESSON
             for line in source(cell).split('\n'):
-                if len(line) > limit: yield f'{path} has a line of {len(line)} characters, over {limit}: {line.strip()[:60]}...'
+                if len(line) > limit: yield f'{path}: {len(line)} characters, over {limit}: {line.strip()[:60]}...'
     for path in scripts:
         for i, line in enumerate(path.read_text(encoding='utf-8').split('\n'), 1):
             if len(line) > EXPORTED: yield f'{path}:{i} has {len(line)} characters, over {EXPORTED}'
@@ -94,7 +98,8 @@ def check_titles(found):
     for path, cells in found:
         wanted = re.match(r'\d\d[a-z]?', path.name)[0]
         title = source(cells[0]).split('\n')[0]
-        if not re.match(rf'# {wanted} \S', title): yield f'{path} begins with {title!r}: its title must begin with "# {wanted} "'
+        if not re.match(rf'# {wanted} \S', title):
+            yield f'{path} begins with {title!r}: its title must begin with "# {wanted} "'
 
 
 def check_sidebar(found, config):
@@ -110,7 +115,8 @@ def check_sidebar(found, config):
 
 def main():
     found = notebooks(Path('nbs'))
-    scripts = [*Path('experiments').glob('*.py'), *Path('benchmarks').glob('*.py'), *Path('tools').rglob('*.py'), Path('setup.py')]
+    folders = 'experiments', 'benchmarks', 'tools', 'tools/quarto', '.'
+    scripts = [p for folder in folders for p in sorted(Path(folder).glob('*.py'))]
     config = yaml.safe_load(Path('_quarto.yml').read_text(encoding='utf-8'))
     wrong = [*check_imports(found), *check_package(Path('compecon')), *check_lines(found, scripts),
              *check_titles(found), *check_sidebar(found, config)]

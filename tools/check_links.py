@@ -1,4 +1,6 @@
-"""Opens every link of the built site that leads to the site itself: pages, anchors, pictures. Says which lead nowhere, and exits 1.
+"""Opens every link of the built site that leads to the site itself: pages, anchors, pictures.
+
+Says which lead nowhere, and exits 1.
 
 Run from the top of the repository, after nbdev_docs:  python tools/check_links.py
 """

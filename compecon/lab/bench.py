@@ -186,12 +186,14 @@ class RunLog:
         flops:float # That training took, looks and trials included
         )->dict: # The record
         "Append the record of a run; raises `ValueError` as append_run does"
-        run = bench.describe(method) | found | dict(
-            method=method, seed=bench.seed, budget=budget, train_seconds=seconds, train_flops=float(flops),
-            plan=self.plan.same(method))
-        processes = rank_and_world_size()[1]
-        if processes > 1: run['processes'] = processes
-        return append_run(run | self.provenance | dict(when=now()), self.file)
+        asked = dict(method=method, seed=bench.seed, budget=budget, plan=self.plan.same(method))
+        paid = dict(train_seconds=seconds, train_flops=float(flops)) | _processes()
+        return append_run(bench.describe(method) | found | asked | paid | self.provenance | dict(when=now()), self.file)
+
+# %% ../../nbs/53b_bench.ipynb #4d3b9c01
+def _processes(): # How many trained together, if several did
+    n = rank_and_world_size()[1]
+    return dict(processes=n) if n > 1 else {}
 
 # %% ../../nbs/53b_bench.ipynb #dbf4c336
 def measure(

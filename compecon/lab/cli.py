@@ -9,57 +9,103 @@ __all__ = ['app', 'frontier_table', 'write_report', 'frontier', 'evaluate', 'ker
 import os
 import warnings
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, NoReturn, Optional
 
-import matplotlib.pyplot as plt
-import pandas as pd
 import typer
-
-from .records import pareto, plot_frontier, summarize
 
 # %% ../../nbs/56_cli.ipynb #67b2c59e
 def frontier_table(
-    runs:pd.DataFrame # From compecon.lab.records.read_runs
-    )->pd.DataFrame: # One row for each method and budget, means over seeds; `front` marks the Pareto frontier, `points` is the change from dense in hundredths of the metric
-    "The table that a frontier is read from"
-    table = summarize(runs)
-    interval = [f'[{low:.3f}, {high:.3f}]' if seeds > 1 else '' for low,high,seeds in zip(table.low, table.high, table.seeds)]
-    res = pd.DataFrame({'method': table.method, 'budget': table.budget, 'achieved': table.achieved.round(4), table.metric.iloc[0]: table.score.round(4),
-                        '95 %': interval, 'front': ['*' if i in pareto(table).index else '' for i in table.index], 'points': (100*(table.score - table.dense)).round(2), 'latency': table.latency_ratio.round(3),
-                        'params (M)': (table.params/1e6).round(2), 'seeds': table.seeds, 'train (s)': table.train_seconds.round(0).astype(int), 'train (TFLOP)': (table.train_flops/1e12).round(2)})
-    return res.sort_values(['budget', 'method'], ascending=[False, True]).reset_index(drop=True)
+    runs # DataFrame from compecon.lab.records.read_runs, of one model and task
+    ): # DataFrame, one row for each method and budget: means over seeds
+    """The table that a frontier is read from
 
+    `front` marks the Pareto frontier, `points` is the change from dense in hundredths of the metric, `latency` is
+    relative to dense."""
+    import pandas as pd
+    from compecon.lab.records import pareto, summarize
+    table = summarize(runs)
+    best = set(pareto(table).index)
+    intervals = [f'[{r.low:.3f}, {r.high:.3f}]' if r.seeds > 1 else '' for r in table.itertuples()]
+    columns = {
+        'method': table.method, 'budget': table.budget, 'achieved': table.achieved.round(4),
+        table.metric.iloc[0]: table.score.round(4), '95 %': intervals,
+        'front': ['*' if i in best else '' for i in table.index],
+        'points': (100*(table.score - table.dense)).round(2), 'latency': table.latency_ratio.round(3),
+        'params (M)': (table.params/1e6).round(2), 'seeds': table.seeds,
+        'train (s)': table.train_seconds.round(0).astype(int),
+        'train (TFLOP)': (table.train_flops/1e12).round(2)}
+    order = pd.DataFrame(columns).sort_values(['budget', 'method'], ascending=[False, True])
+    return order.reset_index(drop=True)
+
+# %% ../../nbs/56_cli.ipynb #6de93ed2
 def write_report(
-    runs:pd.DataFrame, # From compecon.lab.records.read_runs, of one model and task
+    runs, # DataFrame from compecon.lab.records.read_runs, of one model and task
     out:str|Path # Folder for `table.md`, `table.csv`, `frontier.png`
-    )->pd.DataFrame: # The table
+    ): # DataFrame from frontier_table
     "Write the table and the plot of a frontier"
+    from matplotlib.figure import Figure
+    from compecon.lab.records import plot_frontier
     out, table = Path(out), frontier_table(runs)
     (out/'table.md').write_text(table.to_markdown(index=False) + '\n')
     table.to_csv(out/'table.csv', index=False)
-    figure = plot_frontier(runs).figure
+    figure = Figure(figsize=(6.5, 4))  # apart from pyplot, which would keep it
+    plot_frontier(runs, figure.subplots())
     figure.savefig(out/'frontier.png', dpi=150, bbox_inches='tight')
-    plt.close(figure)
     return table
 
 # %% ../../nbs/56_cli.ipynb #5a8c6f90
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  help='Transformers as internal economies: smaller, faster models at any compute budget.')
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help='Make a transformer smaller, to exactly the compute budget that is named.')
 
 def _quiet():
     "Silence what does not concern the user of a command"
-    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # waiting threads sleep: on shared cores, spinning costs more than it saves
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # waiting threads sleep: on shared cores, spinning costs time
     warnings.filterwarnings('ignore')
     from transformers.utils import logging
-    logging.set_verbosity_error(); logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
-def _numbers(text):
-    try: return tuple(float(b) for b in text.split(','))
-    except ValueError: raise ValueError(f'budgets={text!r}: numbers in (0, 1], separated by commas, as in 0.6,0.4') from None
-
-def _stop(error):
+def _stop(error)->NoReturn:
     typer.echo(f'compecon: {error}', err=True)
     raise typer.Exit(2)
+
+def _names(text): return tuple(name.strip() for name in text.split(','))
+
+def _budgets(text): # Shares of FLOPs: markets and trained methods keep no other unit
+    from compecon.core import flops_share
+    return tuple(flops_share(b, who='while models train,') for b in text.split(','))
+
+# %% ../../nbs/56_cli.ipynb #086bcf9a
+_Model = Annotated[str, typer.Option(
+    help="'minilm' (packaged, needs no hub), a folder, or a model on the Hugging Face hub.")]
+_Task = Annotated[str, typer.Option(
+    help="'agreement' (built in), or one of GLUE: cola, stsb, mnli, sst2, mrpc, qqp, qnli, rte, wnli.")]
+_Data = Annotated[Optional[str], typer.Option(
+    help='Folder with glue/<task>/<split>.jsonl (or .csv). Without it, the hub.')]
+_Budgets = Annotated[str, typer.Option(
+    help="Shares of the dense model's FLOPs, in (0, 1], separated by commas, as in 0.4 or '0.4 flops'.")]
+_Methods = Annotated[str, typer.Option(
+    help='Separated by commas. Importance scores: taylor, fisher, activation, magnitude, random; '
+         'with refitted weights: repair, kwon, kprune; '
+         'candidates in short trials: successive-halving; '
+         'markets: measured, cleared, hard-concrete, cofi, ddp; '
+         'one checkpoint for all budgets: any-budget.')]
+_Seeds = Annotated[int, typer.Option(help='How many seeds to run; with several there are intervals.')]
+_Out = Annotated[str, typer.Option(
+    help='Folder for records, table, plot and models. Run again, the command resumes.')]
+
+# %% ../../nbs/56_cli.ipynb #183612cc
+_Epochs = Annotated[Optional[int], typer.Option(
+    help='Epochs after the dense fine-tune, for every method; 0 is without training. '
+         'Default: 2 for agreement, 4 for GLUE.')]
+_DenseEpochs = Annotated[Optional[int], typer.Option(help='Epochs of the dense fine-tune. Default: 3.')]
+_Rate = Annotated[Optional[float], typer.Option(
+    help='Peak learning rate of the dense fine-tune. Default: 1e-4 for agreement, 5e-5 for GLUE.')]
+_RecoverRate = Annotated[Optional[float], typer.Option(help='Peak learning rate after it. Default: 3e-4.')]
+_BatchSize = Annotated[Optional[int], typer.Option(help='Batch size. Default: 16 for agreement, 32 for GLUE.')]
+_Samples = Annotated[Optional[int], typer.Option(
+    help='How many training samples to use, from the first on. Default: all.')]
 
 # %% ../../nbs/56_cli.ipynb #484a4326
 @app.callback()
@@ -67,20 +113,10 @@ def _main(): pass
 
 @app.command()
 def frontier(
-    model:Annotated[str, typer.Option(help="'minilm' (packaged, needs no hub), a folder, or a model on the Hugging Face hub.")]='minilm',
-    task:Annotated[str, typer.Option(help="'agreement' (built in), or one of GLUE: cola, stsb, mnli, sst2, mrpc, qqp, qnli, rte, wnli.")]='agreement',
-    data:Annotated[Optional[str], typer.Option(help='Folder with glue/<task>/<split>.jsonl (or .csv). Without it, the hub.')]=None,
-    budgets:Annotated[str, typer.Option(help="Shares of the dense model's FLOPs, in (0, 1], separated by commas.")]='0.4,0.2',
-    methods:Annotated[str, typer.Option(help='Separated by commas. economy; markets: measured, cleared, lottery, cofi, ddp; one checkpoint for all budgets: economy-any-price; after training: taylor, fisher, kwon, repair, kprune, activation, magnitude, random.')]='repair,fisher',
-    seeds:Annotated[int, typer.Option(help='How many seeds to run; more of them give intervals.')]=1,
-    epochs:Annotated[Optional[int], typer.Option(help='Epochs after the dense fine-tune, for every method; 0 is training-free. Default: 2 for agreement, 4 for GLUE.')]=None,
-    dense_epochs:Annotated[Optional[int], typer.Option(help='Epochs of the dense fine-tune. Default: 3.')]=None,
-    lr:Annotated[Optional[float], typer.Option(help='Peak learning rate of the dense fine-tune. Default: 1e-4 for agreement, 5e-5 for GLUE.')]=None,
-    recover_lr:Annotated[Optional[float], typer.Option(help='Peak learning rate after it. Default: 3e-4.')]=None,
-    bs:Annotated[Optional[int], typer.Option(help='Batch size. Default: 16 for agreement, 32 for GLUE.')]=None,
-    samples:Annotated[Optional[int], typer.Option(help='Only the first of the training data.')]=None,
-    out:Annotated[str, typer.Option(help='Folder for records, table, plot and models. Run again, it goes on where it was.')]='frontier',
-    ):
+    model:_Model='minilm', task:_Task='agreement', data:_Data=None,
+    budgets:_Budgets='0.4,0.2', methods:_Methods='repair,fisher', seeds:_Seeds=1,
+    epochs:_Epochs=None, dense_epochs:_DenseEpochs=None, lr:_Rate=None, recover_lr:_RecoverRate=None,
+    bs:_BatchSize=None, samples:_Samples=None, out:_Out='frontier'):
     """Fine-tune a model, shrink it to each budget by each method, and show quality against compute.
 
     Writes OUT/runs.jsonl (a record a run), table.md, table.csv, frontier.png, and the settled models.
@@ -88,42 +124,55 @@ def frontier(
     _quiet()
     from compecon.core import rank_and_world_size
     from compecon.lab.experiment import Plan, run_plan
-    first = rank_and_world_size()[0] == 0  # of several, it alone speaks and writes
+    rank = rank_and_world_size()[0]
     try:
-        plan = Plan(model=model, task=task, data=data, budgets=_numbers(budgets), seeds=seeds, epochs=epochs, dense_epochs=dense_epochs,
-                    methods=tuple(m.strip() for m in methods.split(',')), lr=lr, recover_lr=recover_lr, bs=bs, samples=samples)
-        if first: typer.echo(f'{model} on {task}: {plan.dense_epochs} epochs dense, then {plan.epochs} at each of the budgets {budgets} by {methods}, {seeds} seed(s). Results go to {out}/')
+        plan = Plan(model=model, task=task, data=data, budgets=_budgets(budgets), methods=_names(methods),
+                    seeds=seeds, epochs=epochs, dense_epochs=dense_epochs, lr=lr, recover_lr=recover_lr,
+                    bs=bs, samples=samples)
+        if rank == 0: typer.echo(_announcement(plan, out))
         runs = run_plan(plan, out)
-        table = write_report(runs, out) if first else None
-    except ValueError as e: _stop(e if first else f'process {rank_and_world_size()[0]}: {e}')
-    if first: typer.echo(f'\n{table.to_markdown(index=False)}\n\nbudget and achieved: FLOPs of the whole model, as a share of dense; latency: time relative to dense; points: hundredths of the metric.'
-               f'\nTable, plot and models are in {out}/')
+        if rank == 0: typer.echo(_summary(write_report(runs, out), out))
+    except ValueError as e: _stop(e if rank == 0 else f'process {rank}: {e}')
+
+# %% ../../nbs/56_cli.ipynb #0e425ff2
+def _announcement(plan, out): # What a plan will do
+    budgets, methods = ', '.join(f'{b:g}' for b in plan.budgets), ', '.join(plan.methods)
+    return (f'{plan.model} on {plan.task}: {plan.dense_epochs} epochs dense, then {plan.epochs} '
+            f'at each of the budgets {budgets} by {methods}, {plan.seeds} seed(s). Results go to {out}/')
+
+def _summary(table, out): # What it did
+    return (f'\n{table.to_markdown(index=False)}\n\n'
+            'budget and achieved: FLOPs of the whole model, as a share of dense; '
+            'latency: time relative to dense; points: hundredths of the metric.\n'
+            f'Table, plot and models are in {out}/')
 
 # %% ../../nbs/56_cli.ipynb #efb487be
 @app.command()
 def evaluate(
     folder:Annotated[str, typer.Argument(help='A settled model, as `compecon frontier` saves it.')],
-    task:Annotated[str, typer.Option(help="'agreement', or one of GLUE.")]='agreement',
-    data:Annotated[Optional[str], typer.Option(help='Folder with glue/<task>/<split>.jsonl (or .csv). Without it, the hub.')]=None,
-    ):
+    task:_Task='agreement', data:_Data=None):
     "Load a settled model and score it on a task."
     _quiet()
-    from compecon.lab.experiment import TASKS, evaluate_all, load_task
-    from compecon.lab.glue import tokenize
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from compecon.lab.experiment import TASKS, load_task
+    from compecon.lab.finetune import evaluate_all
+    from compecon.lab.glue import tokenize
     try:
-        model, rows = AutoModelForSequenceClassification.from_pretrained(folder).eval(), load_task(task, data)
+        model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        splits = {k: rows for k,rows in load_task(task, data).items() if k != 'train'}
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        scores = evaluate_all(model, TASKS[task], {k: tokenize(TASKS[task], v, tokenizer) for k,v in rows.items() if k != 'train'})
+        samples = {k: tokenize(TASKS[task], rows, tokenizer) for k,rows in splits.items()}
+        scores = evaluate_all(model, TASKS[task], samples)
     except (ValueError, OSError) as e: _stop(e)
     for name, value in scores.items(): typer.echo(f'{name}: {value:.6f}')
 
 # %% ../../nbs/56_cli.ipynb #cf4c1afa
 @app.command()
 def kernels(
-    prebuild:Annotated[Optional[str], typer.Option(help="Build 'avx2', 'avx512' or 'generic' kernels, or 'all' for CUDA, into the package, for a wheel to carry.")]=None,
-    ):
-    "Say what runs the sparse kernels on this machine, building them if they are not there."
+    prebuild:Annotated[Optional[str], typer.Option(
+        help="Build 'avx2', 'avx512' or 'generic' kernels, or 'all' for CUDA, into the package, for a wheel to carry.")
+        ]=None):
+    "Say what runs the sparse kernels on this machine; build them if they are missing."
     _quiet()
     from compecon import native
     try:
@@ -131,7 +180,8 @@ def kernels(
         loaded = native.status()
     except (ValueError, native.BuildError) as e: _stop(e)
     for target, row in loaded.iterrows():
-        typer.echo(f'{target}: {row.variant}, {row.how}' + (f' ({row.why})' if row.why else f' in {row.seconds:.1f} s: {row.library}'))
+        where = f'({row.why})' if row.why else f'in {row.seconds:.1f} s: {row.library}'
+        typer.echo(f'{target}: {row.variant}, {row.how} {where}')
 
 def main():
     "Entry of the console script"

@@ -46,7 +46,7 @@ def model_source(
         raise ValueError(f'{name} is a folder without a model: config.json missing')
     return name
 
-# %% ../../nbs/53a_finetune.ipynb #1ede03d7
+# %% ../../nbs/53a_finetune.ipynb #f917fa8b
 @contextmanager
 def _naming(name): # Errors of `from_pretrained`, in one sentence
     try: yield
@@ -90,7 +90,7 @@ def _dropout(model, wanted): # Within the context, a model has dropout as it is 
     finally:
         for m, name, rate in rates: setattr(m, name, rate)
 
-# %% ../../nbs/53a_finetune.ipynb #a58a1f6f
+# %% ../../nbs/53a_finetune.ipynb #0fb855d0
 def _learner(model, task, samples, bs, cbs):
     dl = length_sorted(samples, bs, shuffle=True, pad_id=model.config.pad_token_id or 0)
     adamw = partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True))

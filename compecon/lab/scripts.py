@@ -22,8 +22,6 @@ from .experiment import ClassifierBench, Plan, TaskData
 from .records import shard_seeds
 
 # %% ../../nbs/54a_scripts.ipynb #3d5f80c6
-_DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
-
 ARGUMENTS = dict( # What `add_argument` takes, but for the default
     data=dict(help='folder with glue/<task>/<split>.jsonl; the hub without it'),
     task=dict(help='a task of compecon.lab.experiment.TASKS'),
@@ -118,12 +116,12 @@ def is_recorded(
     return any(all(r.get(k) == v for k,v in wanted.items()) for r in records)
 
 def left_to_do(
-    wanted:Iterable, # All runs
-    done:Callable, # `done(run)`: is it on disk?
+    wanted:Iterable, # Runs
+    done:Callable|None=None, # `done(run)`: is it on disk? None is, if `None`, as of `RunLog.missing`
     seed:Callable=itemgetter(0) # `seed(run)`
     )->list: # In the same order
     "What is left for this process, see compecon.lab.records.shard_seeds"
-    return shard_seeds([w for w in wanted if not done(w)], seed)
+    return shard_seeds([w for w in wanted if done is None or not done(w)], seed)
 
 def by_seed(
     runs:Iterable, # Any

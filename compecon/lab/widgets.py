@@ -28,10 +28,11 @@ from .records import half_interval, plot_frontier, summarize
 def who_is_open(
     economy:Economy, # With values
     price:float # Loss per whole model of compute, at least 0
-    )->pd.DataFrame: # `layer`, `kind` ('head' or 'block'), `agents` ('#' open, '.' closed), number `open`, `share` of FLOPs
-    """Who is open at a price, one row a sub-layer; raises `ValueError` for what is no price
+    )->pd.DataFrame: # `layer`, `kind` ('head' or 'block'), `agents`, number `open`, and `share` of FLOPs
+    """Who is open at a price, one row a sub-layer; raises `ValueError` for an invalid price
 
-    `share` is what a sub-layer's agents spend, as a share of the whole model's FLOPs."""
+    In `agents`, '#' is an open agent and '.' a closed one. `share` is what a sub-layer's agents spend, as a share
+    of the whole model's FLOPs."""
     opened = economy.demand(price).cpu()
     charges = economy.split(economy.prices.charges(opened))
     rows = []
@@ -81,12 +82,12 @@ def _at_spend(runs, spend): # `score` and `latency_ratio` of a model of a size
     points = summarize(runs).sort_values('achieved')
     return {name: _between(points, name, spend) for name in ('score', 'latency_ratio')}
 
-# %% ../../nbs/55_widgets.ipynb #2303dabd
+# %% ../../nbs/55_widgets.ipynb #7fbc1c30
 def price_table(
     economy:Economy, # With values
     prices:Sequence[float], # From price_stops, or your own
     runs:pd.DataFrame|None=None # From read_runs: one model, task and method, and 'dense' if you like
-    )->pd.DataFrame: # `price`, `spend` (share of FLOPs), `flops` of a sequence, open `heads` and `blocks`, what runs say
+    )->pd.DataFrame: # `price`, `spend` (share of FLOPs), `flops` of a sequence, open `heads` and `blocks`, ...
     """What each price means, one row a price; raises `ValueError` for no runs, or runs of several kinds
 
     With runs there are `score` and `latency_ratio`, too: NaN below and above all runs."""
@@ -126,7 +127,7 @@ def _agents(rows, kind, x, y, width, height): # From rows of '#' and '.'
     opened, closed = _squares(rows, '#', x, y, w, h), _squares(rows, '.', x, y, w, h)
     return f'<path class="open" fill="{_COLORS[kind]}" d="{opened}"/><path fill="{_GREY}" d="{closed}"/>'
 
-# %% ../../nbs/55_widgets.ipynb #d79bf9dc
+# %% ../../nbs/55_widgets.ipynb #67eb1f3c
 def _map_of_kind(who, kind, x, y, width, height): # A row for each layer
     rows = who[who.kind == kind]
     opened, total = _counts(rows)
@@ -170,7 +171,7 @@ class _Box:
         x, _ = self.at(spend, 0)
         return f'<path d="M{x:.1f} {self.y}v{self.height}" stroke="#d62728" stroke-dasharray="3 3"/>'
 
-# %% ../../nbs/55_widgets.ipynb #2248cc0c
+# %% ../../nbs/55_widgets.ipynb #a13f0283
 def _limits(values): # A little more than they span
     low, high = min(values), max(values)
     margin = 0.08*(high - low) + 1e-3
@@ -277,7 +278,7 @@ def read_sentence(
         maps=[m.cpu() for m in maps], opened=[o.cpu() for o in opened],
         received=received.cpu(), answer=_answer(economy.model, tokenizer, logits))
 
-# %% ../../nbs/55_widgets.ipynb #f9a1efc3
+# %% ../../nbs/55_widgets.ipynb #107b104c
 _READ = 'input_ids', 'attention_mask', 'token_type_ids'
 
 def _encode(economy, tokenizer, text): # Keyword arguments of a forward pass
@@ -336,7 +337,7 @@ def _words(reading): # Each with the attention that it gets, as its colour and a
         spans.append(f'<span style="{color};{style}" title="{r:.3f}">{html.escape(token)}</span>')
     return ' '.join(spans)
 
-# %% ../../nbs/55_widgets.ipynb #5383232e
+# %% ../../nbs/55_widgets.ipynb #fad7b7ac
 def sentence_html(
     economy:Economy, # As for read_sentence
     tokenizer, # Of the model
@@ -366,14 +367,24 @@ def compare_methods(
     )->pd.DataFrame: # `budget`, `seeds` in common, mean scores, `difference`, `low`, `high`, latencies, training cost
     """Two methods, seed by seed, one row a budget, the largest first
 
-    `difference` is a - b, `low` and `high` its interval, NaN for one seed. Latency is a share of dense, training cost in
-    TFLOP. Raises `ValueError` for methods without runs, or without a budget and seed in common."""
+    `difference` is a - b, `low` and `high` its interval, NaN for one seed. Latency is a share of dense, training cost
+    in TFLOP. Raises `ValueError` for methods without runs, or without a budget and seed in common."""
     _check_methods(runs, a, b)
     pairs = _pairs(runs, a, b)
     if pairs.empty: raise ValueError(f'{a} and {b} have no budget and seed in common')
     by_budget = sorted(pairs.groupby('budget'), reverse=True)
     return pd.DataFrame([_compared(budget, g, a, b) for budget,g in by_budget])
 
+def _compared(budget, pairs, a, b): # One row
+    difference = pairs.score_a - pairs.score_b
+    mean, half = difference.mean(), half_interval(difference.std(), len(pairs))
+    row = {'budget': budget, 'seeds': len(pairs), a: pairs.score_a.mean(), b: pairs.score_b.mean(),
+           'difference': mean, 'low': mean - half, 'high': mean + half}
+    for name, column, scale in (('latency', 'latency_ratio', 1), ('TFLOP', 'train_flops', 1e-12)):
+        for method, side in ((a, 'a'), (b, 'b')): row[f'{name} {method}'] = pairs[f'{column}_{side}'].mean()*scale
+    return row
+
+# %% ../../nbs/55_widgets.ipynb #93f5790d
 def _check_methods(runs, a, b):
     if len(runs[['model', 'task']].drop_duplicates()) > 1:
         raise ValueError('runs of several models or tasks: compare them one by one')
@@ -390,15 +401,6 @@ def _pairs(runs, a, b): # Runs of `a` and `b` with the same seed, and the same b
     pairs = of(a).merge(of(b), on=['seed'] if with_dense else ['budget', 'seed'], suffixes=('_a', '_b'))
     if with_dense: pairs['budget'] = pairs.budget_b if a == 'dense' else pairs.budget_a
     return pairs
-
-def _compared(budget, pairs, a, b): # One row
-    difference = pairs.score_a - pairs.score_b
-    mean, half = difference.mean(), half_interval(difference.std(), len(pairs))
-    row = {'budget': budget, 'seeds': len(pairs), a: pairs.score_a.mean(), b: pairs.score_b.mean(),
-           'difference': mean, 'low': mean - half, 'high': mean + half}
-    for name, column, scale in (('latency', 'latency_ratio', 1), ('TFLOP', 'train_flops', 1e-12)):
-        for method, side in ((a, 'a'), (b, 'b')): row[f'{name} {method}'] = pairs[f'{column}_{side}'].mean()*scale
-    return row
 
 # %% ../../nbs/55_widgets.ipynb #19161b2d
 def price_slider(
@@ -420,6 +422,7 @@ def _live(show, inputs): # What `show()` gives, whenever an input moves; its Val
     update()
     return ipywidgets.VBox([*inputs, out])
 
+# %% ../../nbs/55_widgets.ipynb #02b7d824
 def price_view(
     economy:Economy, # With values
     runs:pd.DataFrame|None=None, # As for price_table
@@ -457,12 +460,14 @@ def _frontier_picture(runs): # As the source of an image; apart from pyplot, whi
 def _compare_html(runs, a, b): # The table, and the frontier of both
     columns = {}
     for row in compare_methods(runs, a, b).to_dict('records'):
-        columns[f'{row.pop("budget"):g}'] = {k: _cell(k, v) for k,v in row.items()}
+        budget = row.pop('budget')
+        columns[f'{budget:g}'] = {k: _cell(k, v) for k,v in row.items()}
     table = pd.DataFrame(columns).rename_axis(columns='budget').to_html(border=0)
     picture = _frontier_picture(runs[runs.method.isin([a, b, 'dense'])])
     alt = f'{html.escape(a)} and {html.escape(b)}'
     return f'<div class="compecon-compare">{table}<img alt="{alt}" src="{picture}"/></div>'
 
+# %% ../../nbs/55_widgets.ipynb #3a054cef
 def compare_view(
     runs:pd.DataFrame # From read_runs; several models and tasks are welcome
     )->ipywidgets.VBox: # Menus of tasks and methods, the table, and the frontier

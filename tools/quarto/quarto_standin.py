@@ -1,7 +1,7 @@
 """`quarto`, as far as nbdev calls it. The real one is used wherever it is on the PATH; else smalldocs renders the site.
 
-Maths become MathML while rendering, so that pages need nothing from the network, and pages get the names that their front matter gives
-them as `output-file`.
+Maths become MathML while rendering, so that pages need nothing from the network. Pages get the names that their front
+matter gives them as `output-file`.
 """
 import base64
 import html
@@ -61,6 +61,18 @@ def rename_pages(out):
         file.write_text(known.sub(lambda m: names[m[1]], text), encoding='utf-8')
 
 
+def land_methods(out):
+    "Links to a method lead to its class, where only the class has a place on the page"
+    anchors = {p.name: set(re.findall(r'\bid="([^"]+)"', p.read_text(encoding='utf-8'))) for p in out.glob('*.html')}
+    def one(match):
+        page, place = match[1], match[2]
+        known = anchors.get(page, {place})
+        return match[0] if place in known or '.' not in place else f'{page}#{place.split(".")[0]}"'
+    for file in out.glob('*.html'):
+        text = file.read_text(encoding='utf-8')
+        file.write_text(re.sub(r'([\w-]+\.html)#([\w.-]+)"', one, text), encoding='utf-8')
+
+
 def render_site():
     "The project in this folder, to the output folder that it names"
     out = output_folder()
@@ -69,6 +81,7 @@ def render_site():
     if status: return status
     for page in out.rglob('*.html'): page.write_text(mathml(page.read_text(encoding='utf-8')), encoding='utf-8')
     rename_pages(out)
+    land_methods(out)
     return 0
 
 
