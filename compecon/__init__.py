@@ -24,6 +24,7 @@ _MODULES = {
     'repair': 'repair',
     'router': 'ContextualEconomy ContextualMarket',
     'settle': 'SettledConfig save settle',
+    'shrink': 'shrink',
     'training': 'PricedTraining',
 }
 _WHERE = {name: module for module, names in _MODULES.items() for name in names.split()}
