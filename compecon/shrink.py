@@ -77,12 +77,13 @@ def _windows(texts, tokenizer, longest, size): # Of 256 tokens, or what the mode
     rows = torch.tensor(joined[:len(joined)//width*width]).view(-1, width)
     return [dict(input_ids=part, attention_mask=torch.ones_like(part)) for part in rows.split(size)]
 
-def _aside(batches, seed): # A quarter to judge by, and the rest
+def _parts(batches, seed): # An eighth for the report, an eighth for choices, and the rest
+    if len(batches) < 3:
+        raise ValueError(f'all texts are in {len(batches)} batches: give more of them, or a smaller `batch`')
     order = list(range(len(batches)))
     random.Random(seed).shuffle(order)
-    n = max(1, len(order)//4)
-    if len(order) < 2: raise ValueError('all texts are in one batch: give more of them, or a smaller `batch`')
-    return [batches[i] for i in sorted(order[:n])], [batches[i] for i in sorted(order[n:])]
+    n = max(1, len(order)//8)
+    return [[batches[i] for i in sorted(part)] for part in (order[:n], order[n:2*n], order[2*n:])]
 
 # %% ../nbs/33_shrink.ipynb #6975e0cb
 def check_weights(
@@ -186,7 +187,7 @@ class _Shrinker:
     "A copy of a model, with values, that can be brought to one budget after the other"
     def __init__(self, model, batches, answers, method, block_size, seed, clock):
         self.dense, self.answers, self.method, self.seed, self.clock = model, answers, method, seed, clock
-        self.batches, (self.aside, self.fit) = batches, _aside(batches, seed)
+        self.batches, (self.aside, self.choose, self.fit) = batches, _parts(batches, seed)
         self.tokens = int(min(mean_tokens(batches), longest_input(model)))
         self.block_size = block_size or usual_block_size(model)
         self.work = copy.deepcopy(model).eval()
@@ -217,17 +218,17 @@ class _Shrinker:
         self.economy.values = values
         return self.economy.clear(budget, self._curves_of(budget))
 
-    def error(self, values, budget): # Of a candidate, after a repair, on what was kept aside
+    def error(self, values, budget): # Of a candidate, after a repair, on texts that the repair does not see
         self.start(values, budget)
         repair(self.economy, self.fit)
-        return compare_answers(self.work, self.dense, self.answers, self.aside)['distance']
+        return compare_answers(self.work, self.dense, self.answers, self.choose)['distance']
 
     def bring_to(self, budget): # What was achieved
         if self.method != 'repair': return self.start(self.candidates[0], budget)
         with self.clock('repair'):
             errors = [self.error(v, budget) for v in self.candidates]
             achieved = self.start(self.candidates[errors.index(min(errors))], budget)
-            repair(self.economy, self.batches)
+            repair(self.economy, self.fit + self.choose)
         return achieved
 
 # %% ../nbs/33_shrink.ipynb #af395499
