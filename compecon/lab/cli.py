@@ -217,7 +217,7 @@ def _demo_texts(): # Sentences of the language reference
     from pydoc_data.topics import topics
     text = ' '.join(topics[name] for name in sorted(topics))
     sentences = {' '.join(s.split()) for s in re.split(r'(?<=[.:])\s+', text)}
-    return sorted(s for s in sentences if 40 < len(s) < 120)[::12]
+    return sorted(s for s in sentences if 40 < len(s) < 120)[::5]
 
 def _shrunk(dense, budgets, rows, tokenizer, method, samples):
     from compecon.shrink import shrink_to_all
