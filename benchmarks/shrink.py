@@ -77,6 +77,7 @@ def splits_of(without):
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--data', required=True, help='folder with glue/stsb/*.jsonl and the sources of their rows')
+    parser.add_argument('--task', default='stsb', choices=['stsb'])
     parser.add_argument('--budgets', default='0.8,0.6,0.4,0.2', help="shares of the dense model's FLOPs")
     parser.add_argument('--methods', default=','.join(METHODS))
     parser.add_argument('--seeds', type=int, default=3)
@@ -93,8 +94,9 @@ def run(model, tokenizer, train, validation, args, method, seed, without, dense)
     "All budgets of one method, seed and set of texts; those that are known are left out"
     done = {tuple(r.get(k) for k in KEY) for r in read_runs(args.records).to_dict('records')}
     splits, texts = splits_of(without), texts_of(r for r in train if r['source'] != without)
-    def record(budget, split): return dict(task='stsb', method=method, seed=seed, budget=budget, split=split,
-                                           without=without, samples=args.samples)
+    def record(budget, split):
+        return dict(task=args.task, method=method, seed=seed, budget=budget, split=split, without=without,
+                    samples=args.samples)
     todo = [b for b in args.budgets if any(tuple(record(b, s)[k] for k in KEY) not in done for s in splits)]
     if not todo: return
     start = time.perf_counter()

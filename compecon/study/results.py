@@ -29,6 +29,7 @@ class Source:
 def _all(*commands): return ' && '.join(commands)
 
 _CONTEST = 'python benchmarks/contest.py --data DATA'
+_SHRINK = 'python benchmarks/shrink.py --data DATA --task stsb'
 _ABLATION = f'{_CONTEST} --tasks cola --methods fisher --budgets 0.1'
 _LM = ('python experiments/wikitext.py --data DATA --seeds 3 --batch 2 --steps 60 --dense-steps 120 --refit 96 '
        '--dtype bfloat16 --test-tokens 20000 --context 512 --stride 512')
@@ -54,6 +55,9 @@ _TRAINED = [
            f'{_ABLATION} --set hidden=0'),
     Source('contest/runs-dropout=true.jsonl', 'what does dropout cost?',
            f'{_ABLATION} --set dropout=true --seeds 1'),
+    Source('shrink.jsonl', 'what does `shrink` keep, without labels and without training?', _all(
+        f'{_SHRINK} --methods repair,fisher,activation,magnitude,random',
+        f'{_SHRINK} --methods repair,fisher --budgets 0.4,0.2 --without headlines,images,answers-forums')),
     Source('wikitext.jsonl', 'how much perplexity does a decoder lose with its parameters?', _all(
         f'{_LM} --methods repair --lr 2e-4', f'{_LM} --methods taylor,fisher,any-price --lr 3e-4')),
     Source('context.jsonl', 'do gates pay that read their input?', _all(
