@@ -134,7 +134,7 @@ def answers_of(
     if name.endswith('ForMaskedLM'): return Answers('masked language model', classes, _token_logits)
     if name.endswith('ForConditionalGeneration'): return Answers('sequence to sequence', classes, _decoder_logits)
     if name.endswith(('ForCausalLM', 'LMHeadModel')): return Answers('language model', classes, _token_logits)
-    if model.base_model is model: return Answers('embedding', MEASURES['vector'], _pooled(pooling))
+    if getattr(model, 'base_model', None) is model: return Answers('embedding', MEASURES['vector'], _pooled(pooling))
     raise ValueError(f'{name} has a head that is unknown here: give `answers=`, an Answers that says what its rows are')
 
 # %% ../nbs/32b_answers.ipynb #bf5feb23

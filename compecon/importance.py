@@ -92,6 +92,7 @@ def gate_gradients(
     if not samples: raise ValueError('a value by gradients needs at least one batch')
 
 def _sample_gradients(economy, inputs, labels, loss_func, opened): # `(batch, agents)`
+    if loss_func is None: raise ValueError('an importance score by gradients looks at a loss: pass `loss_func`')
     rows = opened.repeat(len(labels), 1).requires_grad_()
     with evaluating(economy.model):
         with economy.forcing(rows): logits = economy.model(**model_inputs(inputs, rows.device)).logits

@@ -39,6 +39,7 @@ def read_texts(
     "The texts of some data; raises `ValueError` naming what is wrong"
     if isinstance(data, str | bytes | Path):
         raise ValueError(f'data={str(data)[:60]!r}: a list of texts is needed, not one text or a path')
+    if not hasattr(data, '__iter__'): raise ValueError(f'data={data!r}: a list of texts is needed')
     rows = list(data)
     if rows and isinstance(rows[0], Mapping): rows = _columns(rows, column)
     texts = [tuple(r) if isinstance(r, list) else r for r in rows]
@@ -320,7 +321,8 @@ class _Clock:
     def close(self): self.bar.close()
 
 def _batches(model, data, tokenizer, column, samples, size, answers, seed):
-    rows = data if isinstance(data, str | bytes | Path) else list(data)
+    if isinstance(data, str | bytes | Path) or not hasattr(data, '__iter__'): read_texts(data)  # says what is wrong
+    rows = list(data)
     first = rows[0] if rows else None
     if isinstance(first, tuple): first = first[0]
     if isinstance(first, Mapping) and 'input_ids' in first: return _ready(rows)
