@@ -16,6 +16,7 @@ _MODULES = {
     'core': 'Budget mean_tokens',
     'economy': 'Economy layer_table',
     'flops': 'count_flops latency',
+    'gates': 'remove_gates',
     'importance': 'score_agents sort_neurons',
     'market': 'AugmentedLagrangian ClearedMarket DualAscent MeasuredMarket PostedPrice SampledBudgets',
     'methods': 'apply_method',

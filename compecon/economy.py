@@ -175,8 +175,8 @@ def _check_curves(economy, budget, curves): # The curves to use, and what shares
     unit = 'ms' if budget.unit == 'latency' else budget.unit
     if curves is None:
         if unit == 'ms':
-            raise ValueError(f'budget={str(budget)!r}: time is not known before it is measured. Pass '
-                             '`curves=measure_latency(model).curves(economy.sublayers)`, see compecon.budget')
+            raise ValueError(f'budget={str(budget)!r}: time is not known before it is measured. With `dense` a copy '
+                             'without gates, pass `curves=measure_latency(dense).curves(economy.sublayers)`')
         curves = economy.curves(unit)
     if curves.unit != unit:
         raise ValueError(f'budget={str(budget)!r} needs curves in {unit}, these are in {curves.unit}')

@@ -26,7 +26,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .agents import Sublayer, check_family, find_agents, keep_features
-from .core import width_out
+from .core import has_gates, width_out
 from .economy import Economy
 from .gates import remove_gates
 
@@ -315,7 +315,9 @@ def save(
     folder:str|Path, # Where; replaced if it exists
     tokenizer=None # Saved along if given
     )->Path: # The folder
-    "Write a model as safetensors and JSON, atomically"
+    "Write a model as safetensors and JSON, atomically; raises `ValueError` for a model with gates"
+    if has_gates(model):
+        raise ValueError('this model has gates, which are not saved: save what `settle(economy)` gives')
     folder = Path(folder)
     part, old = (folder.with_name(folder.name + end) for end in ('.tmp', '.old'))
     shutil.rmtree(part, ignore_errors=True)

@@ -328,10 +328,12 @@ def _batches(model, data, tokenizer, column, samples, size, answers, seed):
     if isinstance(first, Mapping) and 'input_ids' in first: return _ready(rows)
     texts = read_texts(rows, column)
     if tokenizer is None: raise ValueError('texts need a tokenizer: pass the one of the model')
+    if samples < 8: raise ValueError(f'samples={samples}: at least 8 texts are needed')
     if len(texts) > samples: texts = random.Random(seed).sample(texts, samples)
     if tokenizer.pad_token is None:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.eos_token
+    size = max(1, min(size, len(texts)//8))  # few texts make small batches, for there are three parts
     return _token_batches(texts, tokenizer, longest_input(model), size, answers.head == 'language model')
 
 def _ready(rows):
