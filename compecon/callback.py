@@ -112,12 +112,22 @@ class EconomyCallback(Callback):
     def after_fit(self): self.learn.metrics = [m for m in self.metrics if m not in self._columns]
 
     def settle(self,
+        budget:float|str|Budget|None=None, # Cleared first; what training ended at if `None`
         **kwargs # Of compecon.settle.settle: `multiple`, `in_place`, `backend`
         )->nn.Module: # A smaller model of the same class
-        "The smaller model; raises `ValueError` before training, and before the market has closed"
+        "The smaller model; raises `ValueError` before training, and where training ended at no one budget"
         if self.economy is None:
             raise ValueError('there is nothing to settle yet: fit the Learner with this callback first')
+        if budget is not None: self.economy.clear(budget)
+        elif not (self.priced and self.priced.closed): raise ValueError(self._why_open())
         return settle(self.economy, **kwargs)
+
+    def _why_open(self): # Why there is no one open set
+        if not self.history: return 'there is nothing to settle yet: fit the Learner with this callback first'
+        market, pct = self.priced.market, self.history[-1]['pct']
+        if not market.final: why = f'{type(market).__name__} trains for many budgets and ends at none'
+        else: why = f'training stopped at {pct:.0%}, before the market closes at {market.close:.0%}'
+        return f'{why}: say which budget is wanted, as in `settle(0.4)`'
 
 # %% ../nbs/22_callback.ipynb #d87b31b4
 def _average_of(learn:Learner): # How means over several processes are made, if there are several

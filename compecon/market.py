@@ -41,6 +41,7 @@ class Market:
     "What training asks of a market; subclass it and write `update`"
     memory = 0. # Of the running mean of measured values, for each batch; 0 measures in warm-up only
     learned = False # Do values begin as logits at `gate.start`, and are they learned at a price of 1?
+    final = True # Is one open set left when training ends?
 
     def __init__(self,
         warmup:float, # Share of training with everything open
@@ -228,6 +229,8 @@ class MeasuredMarket(Market):
 # %% ../nbs/20_market.ipynb #e2738f23
 class SampledBudgets(MeasuredMarket):
     "First a measured market down to the smallest budget, then training at many budgets of one nested family"
+    final = False
+
     def __init__(self,
         smallest:float|str, # Budget, as a share of the whole model's FLOPs
         largest:float|str=1., # Budget

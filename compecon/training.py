@@ -90,4 +90,5 @@ class PricedTraining:
 
     @property
     def closed(self): # Has the market closed, so that the open set is final?
-        return self.economy.gate.hard and bool(self.history) and self.history[-1]['pct'] >= self.market.close
+        late = bool(self.history) and self.history[-1]['pct'] >= self.market.close
+        return late and self.market.final and self.economy.gate.hard
