@@ -133,6 +133,11 @@ class Economy(GatedModel):
     def order(self): # For each sub-layer `(agents,)`: its agents, the best first
         return [v.argsort(descending=True, stable=True) for v in self.split(self.log_values.detach())]
 
+    def ranking(self): # `(agents,)`: all agents, the best first; equal values evenly over the sub-layers
+        place = torch.cat([(torch.arange(s.n) + 0.5)/s.n for s in self.sublayers])
+        even = place.argsort(stable=True).to(self.log_values.device)
+        return even[self.log_values.detach()[even].argsort(descending=True, stable=True)]
+
     def curves(self,
         unit:str # 'flops' or 'params'
         )->CostCurves: # In the unit
@@ -147,10 +152,20 @@ class Economy(GatedModel):
     def _repr_markdown_(self): return f'{self!r}\n\n' + layer_table(self).to_markdown(index=False, floatfmt='.3f')
 
 # %% ../nbs/10_economy.ipynb #4f74048e
-def _ranking(economy): # `(agents,)`: best first; equal values evenly over the sub-layers
-    place = torch.cat([(torch.arange(s.n) + 0.5)/s.n for s in economy.sublayers])
-    even = place.argsort(stable=True).to(economy.log_values.device)
-    return even[economy.log_values.detach()[even].argsort(descending=True, stable=True)]
+def _affordable(economy, share): # Agents, the best first, and how many of them open; equals that do not fit come last
+    ranking, prices, end = economy.ranking(), economy.prices, len(economy)
+    unpaid = (prices.cumulative(ranking) > share + 1e-6).nonzero()
+    if not len(unpaid): return ranking, end
+    logs = economy.log_values.detach()[ranking]
+    end = int((logs >= logs[unpaid[0, 0]]).sum())  # of those that are worth as much as the first that does not fit
+    while True:
+        spent = prices.cumulative(ranking)
+        unpaid = (spent[:end] > share + 1e-6).nonzero()
+        if not len(unpaid): return ranking, end
+        n, costs = int(unpaid[0, 0]), spent.diff(prepend=spent.new_tensor([prices.fixed]))
+        fits = torch.cat([costs.new_ones(n), costs[n:end] < costs[n]*(1 - 1e-9)]).bool().to(ranking.device)
+        ranking = torch.cat([ranking[:end][fits], ranking[:end][~fits], ranking[end:]])
+        end = int(fits.sum())
 
 def _price_between(log_values, ranking, n): # Log price at which the first `n` of a ranking open; lowers equal values
     if n == len(ranking): return log_values.new_tensor(-math.inf)
@@ -162,9 +177,7 @@ def _price_between(log_values, ranking, n): # Log price at which the first `n` o
 def _clear(economy, budget, curves):
     if not economy.log_values.isfinite().all(): raise ValueError('some values are not numbers: nothing can be cleared')
     if curves is None and budget.unit == 'flops':
-        share, ranking = flops_share(budget, economy.prices.fixed), _ranking(economy)
-        unpaid = (economy.prices.cumulative(ranking) > share + 1e-6).nonzero()
-        n = int(unpaid[0, 0]) if len(unpaid) else len(economy)
+        ranking, n = _affordable(economy, flops_share(budget, economy.prices.fixed))
         economy.log_price, achieved = _price_between(economy.log_values.data, ranking, n), None
     else: economy.log_price, achieved = _clear_by_curves(economy, budget, curves)
     economy.gate.hard = True
@@ -188,11 +201,15 @@ def _check_curves(economy, budget, curves): # The curves to use, and what shares
                          f'{curves.floor:.4g} {unit}, a share of {curves.floor/total:.4f}')
     return curves, total
 
+def _evenly(worth): # A little less for each further agent, so that equals are spread over sub-layers
+    return worth*(1 - 1e-6*torch.arange(len(worth), device=worth.device)/len(worth))
+
 def _clear_by_curves(economy, budget, curves): # Log prices `(agents,)`, one for each sub-layer, and what was achieved
     curves, total = _check_curves(economy, budget, curves)
     orders, logs = economy.order(), economy.split(economy.log_values.data)
-    costs = economy.split(economy.prices.costs.to(economy.log_values.device))
-    worth = [(log.exp()*cost)[order] for log,cost,order in zip(logs, costs, orders)]
+    worth = economy.values.double()
+    worth = economy.split(worth.clamp_min(1e-9*worth.max())*economy.prices.costs.to(worth))  # worth nothing, still let in
+    worth = [_evenly(w[order]) for w,order in zip(worth, orders)]
     counts = best_counts(worth, curves, budget.limit(total))
     prices = [_price_between(log, order, k).expand(len(log)) for log,order,k in zip(logs, orders, counts)]
     return torch.cat(prices), budget.achieved(curves.cost(counts), total)

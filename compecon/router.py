@@ -152,10 +152,18 @@ class ContextualEconomy(_Routed):
         Raises `ValueError` for other units, and for a budget below the floor.
         """
         share = _router_share(budget, self.prices.fixed, curves)
+        self._part_equals()
         def too_much(log_price): return self.spends(self.bids > log_price).mean() > share + 1e-6
         with torch.no_grad(): self.log_price = _lowest(too_much, self.bids.min() - 20, self.bids.max() + 20)
         self.gate.hard = True
         return self.spend()
+
+    def _part_equals(self): # A price cannot part equal values, so that each but one is lowered a little
+        ranking = self.ranking()
+        logs = self.log_values.data[ranking]
+        step = 4*torch.finfo(logs.dtype).eps*self.bids.detach().abs().max().clamp_min(1)
+        lowered = step*torch.arange(len(logs), device=logs.device)
+        if (logs.diff() == 0).any(): self.log_values.data[ranking] = (logs + lowered).cummin(0).values - lowered
 
     def __repr__(self):
         s, agents = self.spends(), f'{type(self.model).__name__}: {len(self)} agents'
