@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'EmptyLinear', 'BiasOnly', 'cut_agents', 'keep_agents', 'round_up', 'settle', 'SettledConfig',
-           'SettledQuantizer', 'save']
+           'SettledQuantizer', 'clear_rounded', 'save']
 
 # %% ../nbs/11_settle.ipynb #e37d782f
 import copy
@@ -26,7 +26,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .agents import Sublayer, check_family, find_agents, keep_features
-from .core import has_gates, width_out
+from .core import Budget, has_gates, width_out
+from .curves import CostCurves
 from .economy import Economy
 from .gates import remove_gates
 
@@ -308,6 +309,34 @@ class SettledQuantizer(HfQuantizer):
 
 AUTO_QUANTIZATION_CONFIG_MAPPING['compecon'] = SettledConfig
 AUTO_QUANTIZER_MAPPING['compecon'] = SettledQuantizer
+
+# %% ../nbs/11_settle.ipynb #6ab6ca5e
+def clear_rounded(
+    economy:Economy, # Its gates are hardened
+    budget:float|str|Budget, # As for `Economy.clear`
+    multiple:int, # Of features or neurons, for every width that is not zero
+    curves:CostCurves|None=None # As for `Economy.clear`
+    )->float: # What was achieved, in the terms of the budget
+    "Clear a budget with rounded widths; raises `ValueError` as `clear` does, and where every width would be zero"
+    budget, achieved = Budget(budget), economy.clear(budget, curves)
+    if multiple == 1: return achieved
+    curves = curves or economy.curves(budget.unit)
+    total = economy.prices.total if budget.unit == 'flops' else curves.total
+    def rounded(amount): # The open set of a smaller budget, and what it costs
+        economy.clear(f'{amount!r} {budget.unit}', curves)
+        opened = round_up(economy, multiple)
+        return opened, curves.cost([int(o.sum()) for o in economy.split(opened)])
+    def fits(cost): return cost <= budget.limit(total)*(1 + 1e-6)
+    low, high = budget.achieved(curves.floor, total)*(1 + 1e-6), budget.amount
+    opened, cost = rounded(high)
+    for _ in range(0 if fits(cost) else 12):
+        middle = (low + high)/2
+        low, high = (middle, high) if fits(rounded(middle)[1]) else (low, middle)
+    if not fits(cost): opened, cost = rounded(low)
+    if not opened.any():
+        raise ValueError(f'budget={str(budget)!r} is too small for widths that are multiples of {multiple}')
+    economy.log_price = torch.where(opened, economy.log_values.detach() - 1, economy.log_values.detach())
+    return budget.achieved(cost, total)
 
 # %% ../nbs/11_settle.ipynb #59ad77e0
 def save(

@@ -29,7 +29,7 @@ from .economy import Economy, layer_table
 from .flops import latency
 from .importance import activation, magnitude, random_importance
 from .repair import repair
-from .settle import save, settle
+from .settle import clear_rounded, save, settle
 
 # %% ../nbs/33_shrink.ipynb #dda96b97
 def read_texts(
@@ -186,8 +186,9 @@ def _sort(model, method, answers, batches, tokens, seed): # Neurons by importanc
 # %% ../nbs/33_shrink.ipynb #44949999
 class _Shrinker:
     "A copy of a model, with values, that can be brought to one budget after the other"
-    def __init__(self, model, batches, answers, method, block_size, seed, clock):
+    def __init__(self, model, batches, answers, method, block_size, multiple, seed, clock):
         self.dense, self.answers, self.method, self.seed, self.clock = model, answers, method, seed, clock
+        self.multiple = multiple
         self.batches, (self.aside, self.choose, self.fit) = batches, _parts(batches, seed)
         self.tokens = int(min(mean_tokens(batches), longest_input(model)))
         self.block_size = block_size or usual_block_size(model)
@@ -197,7 +198,7 @@ class _Shrinker:
     def check(self, budgets): # Below the floor, it says so here, before any work
         self.curves = None
         if any(b.unit in ('ms', 'latency') for b in budgets): self._measure()
-        for b in budgets: self.economy.clear(b, self._curves_of(b))
+        for b in budgets: self._clear(b)
 
     def _measure(self):
         with self.clock('time'), evaluating(self.dense):
@@ -217,7 +218,9 @@ class _Shrinker:
     def start(self, values, budget): # From the dense weights
         for s, state in zip(self.economy.sublayers, self.weights): s.out_proj.load_state_dict(state)
         self.economy.values = values
-        return self.economy.clear(budget, self._curves_of(budget))
+        return self._clear(budget)
+
+    def _clear(self, budget): return clear_rounded(self.economy, budget, self.multiple, self._curves_of(budget))
 
     def error(self, values, budget): # Of a candidate, after a repair, on texts that the repair does not see
         self.start(values, budget)
@@ -257,19 +260,23 @@ def shrink_to_all(
     check_weights(body.model)
     batches = _batches(body.model, data, body.tokenizer, column, samples, batch, answers, seed)
     clock = _Clock(progress, 2 + len(budgets))
-    shrinker = _Shrinker(body.model, batches, answers, method, block_size, seed, clock)
+    shrinker = _Shrinker(body.model, batches, answers, method, block_size, multiple, seed, clock)
+    try: shrinker.check(budgets)
+    except BaseException:
+        clock.close()
+        raise
+    return _one_by_one(shrinker, body, budgets)
+
+def _one_by_one(shrinker, body, budgets):
     try:
-        shrinker.check(budgets)
         shrinker.look()
         for budget in budgets:
             achieved = shrinker.bring_to(budget)
-            small = settle(shrinker.economy, multiple)
-            with clock('report'): report = _report(shrinker, small, budget, achieved)
+            small = settle(shrinker.economy)
+            with shrinker.clock('report'): report = _report(shrinker, small, budget, achieved)
             small.train(body.model.training)
             yield body.around(small), report
-    finally:
-        shrinker.economy.remove()
-        clock.close()
+    finally: shrinker.clock.close()
 
 def shrink(
     model:nn.Module, # A Hugging Face model of a known family, or a SentenceTransformer; it is left as it is
