@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from compecon.core import Budget
 from compecon.economy import Economy
 from compecon.importance import score_agents
 from compecon.lab.records import append_line, provenance
@@ -85,6 +86,14 @@ def record(share, model, times, dense_times, args):
                 dtype=str(model.dtype).removeprefix('torch.'))
 
 
+def share_of_params(text):
+    "A share as in 0.74 or '0.74 params'; raises `ValueError` for other budgets"
+    budget = Budget(text if len(text.split()) > 1 else f'{text} params')
+    if budget.unit != 'params' or not budget.is_share:
+        raise ValueError(f"budget={str(budget)!r}: a share of parameters is needed, as in 0.74 or '0.74 params'")
+    return budget.amount
+
+
 def arguments():
     parser = script_parser(__doc__, device='cuda' if torch.cuda.is_available() else 'cpu', records=RECORDS)
     parser.add_argument('--model', default=SMOLLM2, help=f"'{SMOLLM2}', a folder, or a name on the hub ({SMOLLM2})")
@@ -95,6 +104,8 @@ def arguments():
     parser.add_argument('--block-size', type=int, default=32, help='neurons of a block (32)')
     args = read_args(parser)
     if args.new < 2 or args.rounds < 2: parser.error('--new and --rounds are at least 2')
+    try: args.params = [share_of_params(p) for p in args.params.split(',')]
+    except ValueError as e: parser.error(str(e))
     return args
 
 
@@ -102,8 +113,7 @@ def main():
     args = arguments()
     dense, tokenizer = load_decoder(args.model)
     dense.to(args.device)
-    shares = [float(p) for p in args.params.split(',')]
-    models = {1.: dense} | {p: smaller(dense, p, args.prompt, args.block_size) for p in shares}
+    models = {1.: dense} | {p: smaller(dense, p, args.prompt, args.block_size) for p in args.params}
     ids = encode(tokenizer, python_reference()['test'][:40*args.prompt*args.rounds])
     times, origin = timed(models, ids, args), provenance(args.device)
     rows = [record(p, model, times[p], times[1.], args) | origin for p, model in models.items()]

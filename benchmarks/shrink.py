@@ -1,7 +1,7 @@
 """What `shrink` keeps, without labels and without training: all-MiniLM as it comes, STS-B by cosine.
 
 Run:  python benchmarks/shrink.py --data DATA [--budgets 0.8,0.6,0.4,0.2] [--methods repair,...] [--seeds 3]
-      [--without images,headlines]
+      [--without images,headlines] [--first 0] [--records FILE]
 
 Texts of STS-B's training part are looked at, 512 of them, drawn anew for each seed. Scores are Spearman's correlation
 with the labels, on two halves of the validation part, told apart once by a hash of the row: `validation`, by which
@@ -9,7 +9,6 @@ choices may be made, and `third`, which none has seen. With `--without`, a sourc
 at, and scored by itself (`elsewhere`). Every budget leaves its lines in RECORDS (results/shrink.jsonl) as soon as it is
 there; run again, the script resumes. DATA is a folder with glue/stsb/*.jsonl.
 """
-import argparse
 import hashlib
 import json
 import time
@@ -18,11 +17,11 @@ from pathlib import Path
 import torch
 from scipy.stats import spearmanr
 from transformers import AutoModel, AutoTokenizer
-from transformers.utils import logging
 
-from compecon.core import evaluating, flops_share
+from compecon.core import evaluating
 from compecon.lab.finetune import MINILM, model_source
 from compecon.lab.records import append_line, now, provenance, read_runs
+from compecon.lab.scripts import read_args, script_parser
 from compecon.shrink import METHODS, shrink_to_all
 
 RECORDS = 'results/shrink.jsonl'
@@ -74,20 +73,12 @@ def splits_of(without):
     return {'validation': lambda row: not is_third(row), 'third': is_third}
 
 
-def parse():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--data', required=True, help='folder with glue/stsb/*.jsonl and the sources of their rows')
-    parser.add_argument('--task', default='stsb', choices=['stsb'])
-    parser.add_argument('--budgets', default='0.8,0.6,0.4,0.2', help="shares of the dense model's FLOPs")
-    parser.add_argument('--methods', default=','.join(METHODS))
-    parser.add_argument('--seeds', type=int, default=3)
+def arguments():
+    looked_at = dict(default=512, help='texts to look at; with --records of its own for another number')
+    parser = script_parser(__doc__, data=dict(required=True), budgets='0.8,0.6,0.4,0.2', methods=','.join(METHODS),
+                           seeds=3, samples=looked_at, records=RECORDS, threads=1)
     parser.add_argument('--without', default='', help='sources to leave out, one after the other, separated by commas')
-    parser.add_argument('--samples', type=int, default=512, help='texts to look at')
-    parser.add_argument('--records', default=RECORDS)
-    parser.add_argument('--threads', type=int, default=1)
-    args = parser.parse_args()
-    args.budgets = [flops_share(b) for b in args.budgets.split(',')]
-    return args
+    return read_args(parser, dict(methods=METHODS), apart=['records'])
 
 
 def run(model, tokenizer, train, validation, args, method, seed, without, dense):
@@ -95,7 +86,7 @@ def run(model, tokenizer, train, validation, args, method, seed, without, dense)
     done = {tuple(r.get(k) for k in KEY) for r in read_runs(args.records).to_dict('records')}
     splits, texts = splits_of(without), texts_of(r for r in train if r['source'] != without)
     def record(budget, split):
-        return dict(task=args.task, method=method, seed=seed, budget=budget, split=split, without=without,
+        return dict(task='stsb', method=method, seed=seed, budget=budget, split=split, without=without,
                     samples=args.samples)
     todo = [b for b in args.budgets if any(tuple(record(b, s)[k] for k in KEY) not in done for s in splits)]
     if not todo: return
@@ -121,18 +112,15 @@ def table(records):
 
 
 def main():
-    args = parse()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.set_num_threads(args.threads)
+    args = arguments()
     args.origin = provenance()
     source = model_source(MINILM)
     model, tokenizer = AutoModel.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source)
     train, validation = rows_of(args.data, 'train'), rows_of(args.data, 'validation')
     for without in [''] if not args.without else args.without.split(','):
         dense = scores(model, tokenizer, validation, splits_of(without))
-        for seed in range(args.seeds):
-            for method in args.methods.split(','):
+        for seed in range(args.first, args.first + args.seeds):
+            for method in args.methods:
                 run(model, tokenizer, train, validation, args, method, seed, without, dense)
     print(table(args.records))
 

@@ -7,6 +7,7 @@ import copy
 import torch
 
 from compecon.agents import example_inputs
+from compecon.core import flops_share
 from compecon.economy import Economy
 from compecon.flops import latency
 from compecon.lab.finetune import MINILM, load_dense
@@ -67,8 +68,11 @@ def arguments():
     parser.add_argument('--batch', type=int, default=32, help='sequences (32)')
     parser.add_argument('--tokens', type=int, default=32, help='length of each (32)')
     parser.add_argument('--rounds', type=int, default=15, help='at least 2 (15)')
-    parser.add_argument('--budget', type=float, default=0.2, help="share of the dense model's FLOPs (0.2)")
-    return read_args(parser)
+    parser.add_argument('--budget', default='0.2', help="share of the dense model's FLOPs (0.2)")
+    args = read_args(parser)
+    try: args.budget = flops_share(args.budget)
+    except ValueError as e: parser.error(str(e))
+    return args
 
 
 def main():

@@ -26,7 +26,7 @@ def _drawn_labels(rows, generator):
     drawn = torch.bernoulli(rows.detach().float().sigmoid().cpu(), generator=generator).to(rows.device)
     return F.binary_cross_entropy_with_logits(rows.float(), drawn, reduction='none').sum(-1)
 
-def _noise(rows, generator): # Half of the squared distance to the row and unit noise, without what is constant
+def _noise(rows, generator): # Linear part of half the squared distance to the row plus unit noise
     noise = torch.randn(rows.shape, generator=generator).to(rows.device)
     return (rows.float()*noise).sum(-1)
 

@@ -56,7 +56,7 @@ class HFCallback(Callback):
 
 # %% ../nbs/22_callback.ipynb #419bd327
 class EconomyCallback(Callback):
-    "Train a model as an economy: anneal the price of compute, charge for it, and record what happens"
+    "Train a model down to a budget of compute, and record price and spend"
     order, run_valid, name = MixedPrecision.order + 2, False, 'economy_callback'
     def __init__(self,
         market:Market|float|str|Budget, # A budget, as a share of the dense model's FLOPs (MeasuredMarket), or a market
@@ -165,7 +165,7 @@ def plot_history(
 
 # %% ../nbs/22_callback.ipynb #9b09fd0c
 class Distill(Callback):
-    "Let a teacher take part in the loss, in training only; raises `ValueError` for shares and weights that cannot be"
+    "Let a teacher take part in the loss, in training only; raises `ValueError` for weights that are out of range"
     order, run_valid = MixedPrecision.order + 1, False
     def __init__(self,
         teacher:nn.Module|TeacherCache, # The dense model, or its answers

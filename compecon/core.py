@@ -107,7 +107,7 @@ def has_gates(
 # %% ../nbs/01_core.ipynb #c40c3b5a
 def device_name(
     device:torch.device|str='cpu' # Which
-    )->str: # As its maker calls it
+    )->str: # The vendor's name
     "The name of a processor or graphics card"
     if torch.device(device).type == 'cuda': return torch.cuda.get_device_name(device)
     info = Path('/proc/cpuinfo')
@@ -156,13 +156,13 @@ class Budget:
         if not 0 < amount < math.inf or amount > 1 and unit in SHARES:
             most = ', at most 1' if unit in SHARES else ''
             raise ValueError(f"budget={budget!r}: it takes an amount above 0 and a unit, as in 0.6, '8 ms', "
-                             f"'0.5 latency' or '30e6 params'; {unit} are a {UNITS[unit]}{most}")
+                             f"'0.5 latency' or '30e6 params' ({unit}: {UNITS[unit]}{most})")
         object.__setattr__(self, 'amount', amount)
         object.__setattr__(self, 'unit', unit)
 
     @property
     def is_share(self): return self.unit in SHARES or self.unit == 'params' and self.amount <= 1 # Of the dense model?
-    def __str__(self): return f'{self.amount:g} {self.unit}'
+    def __str__(self): return f'{self.amount:.10g} {self.unit}'
     def limit(self,
         total:float # What shares are shares of: the dense model's FLOPs, parameters or milliseconds
         )->float: # In the same unit
@@ -186,16 +186,21 @@ def _parse(budget): # Amount, NaN if there is none, and unit
     except (ValueError, TypeError): return math.nan, unit
 
 # %% ../nbs/01_core.ipynb #94c38d9a
+def _clear_later(budget):
+    measured = ', measure_latency(dense).curves(economy.sublayers)' if budget.unit in ('ms', 'latency') else ''
+    return f'Use such a share, then `economy.clear({str(budget)!r}{measured})` before settling'
+
 def flops_share(
     budget:float|str|Budget, # As for Budget
     floor:float=0., # What the parts without agents cost, as a share of the dense model
-    who:str='here' # Who can keep no other unit, for the error
+    who:str='here', # Who can keep no other unit, for the error
+    instead:str|None=None # What to do for other units, for the error; to clear them later if `None`
     )->float: # In (0, 1]
     "A budget as a share of FLOPs; raises `ValueError` for another unit, or a share below the floor"
     budget = Budget(budget)
     if budget.unit != 'flops':
         raise ValueError(f"budget={str(budget)!r}: {who} a budget is a share of FLOPs, as in 0.4 or '0.4 flops'. "
-                         f'Use such a share, then `economy.clear({str(budget)!r})` before settling')
+                         f'{instead or _clear_later(budget)}')
     if budget.amount < floor:
         raise ValueError(f'budget={budget.amount:g} is below the floor: '
                          f'the parts that no agent owns already cost {floor:.4f} of the FLOPs')

@@ -100,7 +100,7 @@ def _step(best, worth, cost): # For each amount: what sub-layers so far are wort
     return total, pick
 
 def best_counts(
-    values:list[torch.Tensor], # For each sub-layer `(agents,)`: what each agent is worth, the best first
+    values:list[torch.Tensor], # For each sub-layer `(agents,)`: value times cost of each agent, the best first
     curves:CostCurves, # What numbers of them cost
     limit:float, # In the unit of the curves
     levels:int=100_000 # Costs are rounded up to this part of what the limit leaves above the floor

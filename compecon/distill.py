@@ -105,7 +105,7 @@ def cache_teacher(
 
 # %% ../nbs/21_distill.ipynb #083d7e23
 class HiddenStates:
-    "Has a model give its hidden states whenever it is called, and keeps the latest; `remove()` ends that"
+    "Makes a model return its hidden states whenever it is called, and keeps the latest; `remove()` ends that"
     def __init__(self,
         model:nn.Module # A Hugging Face model
         ):
@@ -117,12 +117,12 @@ class HiddenStates:
         for h in self._handles: h.remove()
 
 class Distillation:
-    "A teacher's part in the loss; raises `ValueError` for shares and weights that cannot be"
+    "A teacher's part in the loss; raises `ValueError` for shares and weights that are out of range"
     def __init__(self,
         teacher:nn.Module|TeacherCache, # The dense model, or its answers
         share:float=0.5, # Of its logits in the loss, in [0, 1]
         temperature:float=2., # Softens both sides' probabilities
-        hidden:float=0. # Weight of `hidden_loss`, which is added; 0 is without
+        hidden:float=0. # Weight of `hidden_loss`, which is added; 0 turns it off
         ):
         if not 0 <= share <= 1: raise ValueError(f'share={share} must be in [0, 1]')
         if not hidden >= 0: raise ValueError(f'hidden={hidden} must be at least 0')

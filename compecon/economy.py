@@ -208,7 +208,8 @@ def _clear_by_curves(economy, budget, curves): # Log prices `(agents,)`, one for
     curves, total = _check_curves(economy, budget, curves)
     orders, logs = economy.order(), economy.split(economy.log_values.data)
     worth = economy.values.double()
-    worth = economy.split(worth.clamp_min(1e-9*worth.max())*economy.prices.costs.to(worth))  # worth nothing, still let in
+    worth = worth.clamp_min(1e-9*worth.max())  # what is worth nothing is let in while the budget lasts
+    worth = economy.split(worth*economy.prices.costs.to(worth))
     worth = [_evenly(w[order]) for w,order in zip(worth, orders)]
     counts = best_counts(worth, curves, budget.limit(total))
     prices = [_price_between(log, order, k).expand(len(log)) for log,order,k in zip(logs, orders, counts)]

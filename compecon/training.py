@@ -24,7 +24,7 @@ class _RunningMean:
 
 # %% ../nbs/20a_training.ipynb #69aee1e1
 class PricedTraining:
-    "A market in a training loop, for any framework or none"
+    "A market in a training loop, for any PyTorch training loop"
     def __init__(self,
         market:Market|float|str, # A market, or a budget for a MeasuredMarket, as a share of the whole model's FLOPs
         economy:Economy, # The economy of the model that trains
@@ -66,7 +66,7 @@ class PricedTraining:
     def after_backward(self,
         scale:float|torch.Tensor=1. # By which the loss was multiplied before the backward pass, as mixed precision does
         ):
-        "Measure marginal values, or let values learn; a batch whose gradients overflow is passed over"
+        "Measure marginal values, or let values learn; a batch whose gradients overflow is skipped"
         economy = self.economy
         gradients = [p.grad for p in (economy.shares, *economy.parameters()) if p.grad is not None]
         if self.average: self.average(gradients)

@@ -75,7 +75,8 @@ def _names(text): return tuple(name.strip() for name in text.split(','))
 
 def _budgets(text): # Shares of FLOPs: markets and trained methods keep no other unit
     from compecon.core import flops_share
-    return tuple(flops_share(b, who='while models train,') for b in text.split(','))
+    shrinks = '`compecon shrink --budget` takes others'
+    return tuple(flops_share(b, who='while models train,', instead=shrinks) for b in text.split(','))
 
 # %% ../../nbs/56_cli.ipynb #086bcf9a
 _Model = Annotated[str, typer.Option(

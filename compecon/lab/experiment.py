@@ -112,10 +112,11 @@ def _shared_fields(method): # Fields that two runs of a method share
 def _complete(plan): # Check the fields of a plan, and fill in defaults
     _check_names(plan)
     def put(name, value): object.__setattr__(plan, name, value)
-    shares = [flops_share(b, who='in a plan') for b in plan.budgets]
+    def share(budget): return flops_share(budget, who='in a plan', instead='`compecon.shrink` takes others')
+    shares = [share(b) for b in plan.budgets]
     put('budgets', tuple(dict.fromkeys(shares)))
     put('methods', tuple(dict.fromkeys(plan.methods)))
-    put('smallest', flops_share(plan.smallest, who='in a plan'))
+    put('smallest', share(plan.smallest))
     for name, value in _DEFAULTS[plan.task].items():
         if getattr(plan, name) is None: put(name, value)
     _check_methods(plan)

@@ -68,7 +68,9 @@ def split_budgets(
     text:str # Budgets, separated by commas
     )->tuple[float,...]: # Shares of FLOPs, each once, in order
     "Budgets from the command line; raises `ValueError` as compecon.core.flops_share does"
-    return tuple(dict.fromkeys(flops_share(b, who='for a script') for b in text.split(',')))
+    shrinks = '`compecon shrink --budget` takes others'
+    shares = [flops_share(b, who='for a script', instead=shrinks) for b in text.split(',')]
+    return tuple(dict.fromkeys(shares))
 
 def check_try(
     parser:argparse.ArgumentParser, # Whose defaults are those of results
