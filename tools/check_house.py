@@ -42,13 +42,18 @@ def module_of(cells):
     return found[0] if found else None
 
 
+def home(name):
+    "The module that a name of the front door is from; another name is that of a module"
+    return getattr(compecon, name).__module__.removeprefix('compecon.') if name in compecon.__all__ else name
+
+
 def imported(code):
-    "Modules of the package that some code imports; what the front door offers is no module"
+    "Modules of the package that some code imports, by their names or through the front door"
     tree = ast.parse(re.sub(r'^\s*[%!].*$', '', code, flags=re.M))
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or '').split('.')[0] == 'compecon':
+        if isinstance(node, ast.ImportFrom) and not node.level and (node.module or '').split('.')[0] == 'compecon':
             inside = node.module.removeprefix('compecon').removeprefix('.')
-            yield from [inside] if inside else [a.name for a in node.names if a.name not in compecon.__all__]
+            yield from [inside] if inside else [home(a.name) for a in node.names]
         if isinstance(node, ast.Import):
             yield from (a.name.removeprefix('compecon').removeprefix('.') for a in node.names
                         if a.name.split('.')[0] == 'compecon')
@@ -58,6 +63,7 @@ def check_imports(found):
     "A notebook imports from lower numbers only; the core from neither lab nor study, lab not from study"
     owner = {module_of(cells): path for path, cells in found if module_of(cells)}
     for path, cells in found:
+        if number(path)[0] == 0: continue  # the tour shows what the others make
         mine = module_of(cells)
         for cell in (c for c in cells if c['cell_type'] == 'code'):
             for name in imported(source(cell)):
@@ -69,15 +75,15 @@ def check_imports(found):
 
 
 def check_package(folder):
-    "The same for the generated package, whose imports are relative"
+    "The same for the generated package, whose imports are relative, or stand within functions"
     for path in sorted(folder.rglob('*.py')):
         if path.name == '_modidx.py': continue
         parts = path.relative_to(folder).parts
         mine = LAYERS.get(parts[0], 0)
-        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
-            if not isinstance(node, ast.ImportFrom) or not node.level: continue
-            above = len(parts) - node.level  # folders below the package that the import starts from
-            name = '.'.join([*parts[:above], node.module or ''])
+        code = path.read_text(encoding='utf-8')
+        relative = [n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.ImportFrom) and n.level]
+        above = {n: parts[:len(parts) - n.level] for n in relative}  # folders that an import starts from
+        for name in ['.'.join([*above[n], n.module or '']) for n in relative] + [*imported(code)]:
             if LAYERS.get(name.split('.')[0], 0) > mine: yield f'{path} may not import compecon.{name}'
 
 
@@ -93,8 +99,10 @@ def check_lines(found, scripts):
             if len(line) > EXPORTED: yield f'{path}:{i} has {len(line)} characters, over {EXPORTED}'
 
 
-def check_titles(found):
-    "The title of a notebook begins with its number"
+def check_titles(found, folder):
+    "A notebook has a number, and its title begins with it"
+    for path in {*folder.glob('*.ipynb')} - {path for path, _ in found} - {folder/'index.ipynb'}:
+        yield f'{path} has no number: the name of a notebook begins like 33_shrink, or 32a_halving'
     for path, cells in found:
         wanted = re.match(r'\d\d[a-z]?', path.name)[0]
         title = source(cells[0]).split('\n')[0]
@@ -109,6 +117,8 @@ def check_sidebar(found, config):
     for path in [Path('nbs/index.ipynb'), *(p for p, _ in found)]:
         if listed.count(path.name) != 1:
             yield f'{path} is {listed.count(path.name)} times in the sidebar: add it once to its group in _quarto.yml'
+    if listed != sorted(listed, key=lambda name: (name != 'index.ipynb', name)):
+        yield '_quarto.yml lists notebooks in another order than that of their numbers'
     for name in listed:
         if not Path('nbs', name).exists(): yield f'_quarto.yml lists {name}, which is not there'
 
@@ -119,7 +129,7 @@ def main():
     scripts = [p for folder in folders for p in sorted(Path(folder).glob('*.py'))]
     config = yaml.safe_load(Path('_quarto.yml').read_text(encoding='utf-8'))
     wrong = [*check_imports(found), *check_package(Path('compecon')), *check_lines(found, scripts),
-             *check_titles(found), *check_sidebar(found, config)]
+             *check_titles(found, Path('nbs')), *check_sidebar(found, config)]
     print('\n'.join(wrong) if wrong else f'{len(found)} notebooks in order')
     sys.exit(bool(wrong))
 

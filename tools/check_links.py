@@ -45,6 +45,7 @@ def target(link, page, address):
 
 def main():
     pages = {p.resolve(): Page(p.read_text(encoding='utf-8')) for p in SITE.rglob('*.html')}
+    if not pages: sys.exit(f'{SITE} has no pages: run nbdev_docs first')
     address, wrong, count = home(), [], 0
     for path, page in pages.items():
         for link in page.links:
