@@ -275,7 +275,7 @@ def _projections(base): return [path for path, m in base.named_modules() if _is_
 def _attributes(core): return [k for k, v in vars(core).items() if isinstance(v, int) and not isinstance(v, bool)]
 
 # %% ../nbs/03_agents.ipynb #2100adeb
-_OF_HEADS = 'core', 'interleaved', 'counts', 'widths', 'bias', 'without', 'extra'
+_OF_HEADS = 'core', 'head_dim', 'interleaved', 'counts', 'widths', 'bias', 'without', 'extra'
 _BIASES = '', 'argument', 'attention'
 
 def _check_spec(spec, config):
