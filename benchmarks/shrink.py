@@ -22,7 +22,7 @@ from compecon.core import evaluating
 from compecon.lab.finetune import MINILM, model_source
 from compecon.lab.records import append_line, now, provenance, read_runs
 from compecon.lab.scripts import read_args, script_parser
-from compecon.shrink import METHODS, shrink_to_all
+from compecon.shrink import SHRINK_METHODS, shrink_to_all
 
 RECORDS = 'results/shrink.jsonl'
 KEY = 'task', 'method', 'seed', 'budget', 'split', 'without', 'samples'
@@ -75,10 +75,10 @@ def splits_of(without):
 
 def arguments():
     looked_at = dict(default=512, help='texts to look at; with --records of its own for another number')
-    parser = script_parser(__doc__, data=dict(required=True), budgets='0.8,0.6,0.4,0.2', methods=','.join(METHODS),
-                           seeds=3, samples=looked_at, records=RECORDS, threads=1)
+    parser = script_parser(__doc__, data=dict(required=True), budgets='0.8,0.6,0.4,0.2',
+                           methods=','.join(SHRINK_METHODS), seeds=3, samples=looked_at, records=RECORDS, threads=1)
     parser.add_argument('--without', default='', help='sources to leave out, one after the other, separated by commas')
-    return read_args(parser, dict(methods=METHODS), apart=['records'])
+    return read_args(parser, dict(methods=SHRINK_METHODS), apart=['records'])
 
 
 def run(model, tokenizer, train, validation, args, method, seed, without, dense):

@@ -43,7 +43,7 @@ from pathlib import Path
 import torch
 
 from compecon.lab.bench import DENSE_MORE, RunLog, prepare_dense, record_run
-from compecon.lab.decoders import ANY_PRICE, DECODER_METHODS, DecoderBench, DecoderPlan, check_params, read_texts
+from compecon.lab.decoders import ANY_PRICE, DECODER_METHODS, DecoderBench, DecoderPlan, check_params, read_corpus
 from compecon.lab.scripts import by_seed, left_to_do, read_args, script_parser
 from compecon.lab.wikitext import SMOLLM2, load_decoder
 
@@ -113,7 +113,7 @@ def report(runs):
 
 def run(plan, log, todo, models):
     "All that is left to do"
-    texts, (pretrained, tokenizer) = read_texts(plan), load_decoder(plan.model)
+    texts, (pretrained, tokenizer) = read_corpus(plan), load_decoder(plan.model)
     check_params(plan, pretrained)
     for seed, runs in by_seed(todo):
         bench = prepare_dense(DecoderBench(plan, seed, pretrained, tokenizer, texts, models), log, models)
