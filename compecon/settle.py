@@ -66,7 +66,7 @@ class EmptyLinear(nn.Module):
     def __init__(self):
         super().__init__()
         self.register_parameter('bias', None)
-        self.register_buffer('weight', torch.empty(0, 0), persistent=False)  # some models ask for it
+        self.register_buffer('weight', torch.empty(0, 0))  # also in files: nobody takes them for a dense model's
     def forward(self, x): return x.new_empty(*x.shape[:-1], 0)
 
 class BiasOnly(EmptyLinear):
@@ -278,12 +278,18 @@ def _shapes(file): # Of all tensors in a file
         with safe_open(file, 'pt') as f: return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
     except (SafetensorError, OSError) as e: raise ValueError(f'{file} is not whole: {e}') from None
 
+def _forget_empty(model): # Files of before do not have what is empty
+    for m in model.modules():
+        if isinstance(m, EmptyLinear): m.register_buffer('weight', m.weight, persistent=False)
+
 def _check_shapes(model, files):
     "Refuse weight files that are not whole, or do not fit"
+    shapes = {file: _shapes(file) for file in files or () if str(file).endswith('.safetensors')}
+    if not any(0 in shape for of_file in shapes.values() for shape in of_file.values()): _forget_empty(model)
     expected = {k: tuple(v.shape) for k,v in model.state_dict().items()}
     prefix, bare = model.base_model_prefix + '.', model.base_model is model
-    for file in (f for f in files or () if str(f).endswith('.safetensors')):
-        for key, shape in _shapes(file).items():
+    for file, of_file in shapes.items():
+        for key, shape in of_file.items():
             name = next((k for k in (key, prefix + key, key.removeprefix(prefix)) if k in expected), None)
             ours = name and (bare or name.startswith(prefix))
             if ours and expected[name] != shape:
