@@ -42,6 +42,7 @@ def _label_distance(rows, wanted):
 @dataclass(frozen=True)
 class Measure:
     "What can be done with rows of answers"
+    says: str           # What `distance` is
     fidelity: str       # What `alike` is called
     own_loss: Callable  # (rows, generator) -> `(rows,)`: the loss of labels drawn from the answers themselves
     distance: Callable  # (rows, wanted rows) -> `(rows,)`: 0 where they are the same
@@ -52,13 +53,13 @@ def _correlation(rows, wanted):
     return torch.corrcoef(pair)[0, 1].nan_to_num().item() if pair.shape[1] > 1 else float('nan')
 
 MEASURES = {
-    'classes': Measure('agreement', _drawn_class, _class_distance,
+    'classes': Measure('KL divergence', 'agreement', _drawn_class, _class_distance,
                        lambda rows, wanted: (rows.argmax(-1) == wanted.argmax(-1)).double().mean().item()),
-    'labels': Measure('agreement', _drawn_labels, _label_distance,
+    'labels': Measure('KL divergence', 'agreement', _drawn_labels, _label_distance,
                       lambda rows, wanted: ((rows > 0) == (wanted > 0)).double().mean().item()),
-    'number': Measure('correlation', _noise,
+    'number': Measure('squared difference', 'correlation', _noise,
                       lambda rows, wanted: (rows - wanted).float().square().sum(-1), _correlation),
-    'vector': Measure('cosine', _noise,
+    'vector': Measure('1 - cosine', 'cosine', _noise,
                       lambda rows, wanted: 1 - F.cosine_similarity(rows.float(), wanted.float(), dim=-1),
                       lambda rows, wanted: F.cosine_similarity(rows.double(), wanted.double(), dim=-1).mean().item()),
 }

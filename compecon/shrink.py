@@ -7,9 +7,11 @@ __all__ = ['SHRINK_METHODS', 'read_texts', 'check_weights', 'usual_block_size', 
 
 # %% ../nbs/33_shrink.ipynb #8c61d1af
 import copy
+import html
 import math
 import random
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,17 +19,20 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from .agents import find_agents, reorder_neurons
-from .outputs import Outputs, compare_outputs, outputs_of, own_fisher
 from .budget import measure_latency
-from .core import Budget, evaluating, has_gates, mean_tokens, model_inputs, package_versions
+from .core import Budget, batch_tokens, evaluating, has_gates, mean_tokens, model_inputs, package_versions
 from .cost import longest_input
 from .economy import Economy, layer_table
 from .flops import latency
 from .importance import activation, magnitude, random_importance
+from .outputs import MEASURES, Outputs, compare_outputs, outputs_of, own_fisher
+from .picture import picture, who_is_open
 from .repair import repair
 from .settle import clear_rounded, save, settle
 
@@ -64,16 +69,26 @@ def _columns(rows, column):
 # %% ../nbs/33_shrink.ipynb #acc09ed2
 def _token_batches(texts, tokenizer, longest, size, windows): # Dictionaries of tensors
     if windows: return _windows(texts, tokenizer, longest, size)
-    longest = None if math.isinf(longest) else int(longest)
-    options = dict(truncation=longest is not None, max_length=longest)
-    rows = [tokenizer(*(t if isinstance(t, tuple) else (t,)), **options) for t in texts]
+    options = {} if math.isinf(longest) else dict(truncation=True, max_length=int(longest))
+    with _quiet_about_length(): rows = [tokenizer(*(t if isinstance(t, tuple) else (t,)), **options) for t in texts]
+    cut = sum(len(r['input_ids']) >= longest for r in rows)
+    if cut: warnings.warn(f'{cut} of {len(rows)} texts reach the {longest:g} tokens that the model sees: '
+                          'what comes after is not looked at. Split them if it counts')
     rows.sort(key=lambda r: len(r['input_ids']))
     parts = [rows[i:i + size] for i in range(0, len(rows), size)]
     return [dict(tokenizer.pad(p, return_tensors='pt')) for p in parts]
 
+@contextmanager
+def _quiet_about_length(): # transformers' own warning about long texts, which is ours to give
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try: yield
+    finally: logging.set_verbosity(level)
+
 def _windows(texts, tokenizer, longest, size): # Of 256 tokens, or what the model sees
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    joined = [i for t in texts for i in tokenizer(t, add_special_tokens=False).input_ids + end]
+    with _quiet_about_length():
+        joined = [i for t in texts for i in tokenizer(t, add_special_tokens=False).input_ids + end]
     width = int(min(256, longest, len(joined)))
     rows = torch.tensor(joined[:len(joined)//width*width]).view(-1, width)
     return [dict(input_ids=part, attention_mask=torch.ones_like(part)) for part in rows.split(size)]
@@ -85,6 +100,17 @@ def _parts(batches, seed): # An eighth for the report, an eighth for choices, an
     random.Random(seed).shuffle(order)
     n = max(1, len(order)//8)
     return [[batches[i] for i in sorted(part)] for part in (order[:n], order[n:2*n], order[2*n:])]
+
+def _check_tokens(model, tokenizer, batches): # Is it the tokenizer of the model?
+    ids = torch.cat([b['input_ids'].flatten() for b in batches])
+    known = model.get_input_embeddings().num_embeddings
+    if ids.max() >= known:
+        raise ValueError(f'the tokenizer gives token {ids.max()}, but the model knows {known}: is it the model\'s own?')
+    unknown = getattr(tokenizer, 'unk_token_id', None)
+    share = 0. if unknown is None else (ids == unknown).sum().item()/sum(int(batch_tokens(b).sum()) for b in batches)
+    if share > 0.3:
+        raise ValueError(f'{share:.0%} of the tokens are {tokenizer.unk_token!r}: is this the model\'s own tokenizer? '
+                         'A folder without the files of a tokenizer gives an empty one')
 
 # %% ../nbs/33_shrink.ipynb #6975e0cb
 def check_weights(
@@ -99,12 +125,20 @@ def check_weights(
         raise ValueError('this model has masks of torch.nn.utils.prune: make them permanent by `prune.remove` first')
     if any(p.device.type == 'meta' for p in model.parameters()):
         raise ValueError('some weights are not in memory (`device_map` left them on disk): load the model whole')
-    for s in find_agents(model, 1):
-        if not isinstance(s.out_proj.weight, torch.Tensor) or not s.out_proj.weight.is_floating_point():
-            raise ValueError('this model is quantised: shrink the model in 32 or 16 bits, then quantise')
+    devices = sorted({str(p.device) for p in model.parameters()})
+    if len(devices) > 1:
+        raise ValueError(f'this model lies on {", ".join(devices)}: load it on one device, as by `model.to("cpu")`')
+    if not all(_is_plain(m) for m in model.modules()):
+        raise ValueError('this model is quantised: shrink the model in 32 or 16 bits, then quantise')
+    find_agents(model, 1)
     if not all(p.isfinite().all() for p in model.parameters()):
         raise ValueError('some weights are not finite: this model is broken already')
     return model
+
+def _is_plain(module): # Are its weights tensors of floating-point numbers?
+    weight = getattr(module, 'weight', None)
+    if weight is None: return not hasattr(module, '_packed_params')
+    return type(weight) in (nn.Parameter, torch.Tensor) and weight.is_floating_point()
 
 def usual_block_size(
     model:nn.Module # A Hugging Face model
@@ -113,10 +147,46 @@ def usual_block_size(
     widths = [s.n for s in find_agents(model, 1) if s.kind == 'block']
     return max((d for d in range(1, 33) if all(w % d == 0 for w in widths)), default=32)
 
+# %% ../nbs/33_shrink.ipynb #a13994df
+class _Known:
+    "What a model met in some texts: tokens, and what its last attention layer puts together"
+    def __init__(self, model, batches):
+        self.model = model
+        self.out_proj = [s.out_proj for s in find_agents(model, 1) if s.kind == 'head'][-1]
+        self.tokens = torch.cat([self._tokens(b) for b in batches]).unique()
+        seen = torch.cat(list(self._features(batches)))
+        self.mean, covariance = seen.mean(0), torch.cov(seen.T)
+        ridge = 0.1*covariance.diagonal().mean().clamp_min(1e-12)
+        self.inverse = torch.linalg.inv(covariance + ridge*torch.eye(len(covariance), device=seen.device))
+
+    def _tokens(self, batch): # That are not padding
+        ids, mask = batch['input_ids'].cpu(), batch.get('attention_mask')
+        return ids.flatten() if mask is None else ids[mask.cpu().bool()]
+
+    def _features(self, batches): # For each batch `(tokens, features)`
+        found, device = [], next(self.model.parameters()).device
+        handle = self.out_proj.register_forward_hook(lambda _, args, out: found.append(args[0].flatten(0, -2).float()))
+        try:
+            for batch in batches:
+                x = model_inputs(batch, device)
+                with torch.no_grad(), evaluating(self.model): self.model(**x)
+                seen, mask = torch.cat(found), x.get('attention_mask')
+                found.clear()
+                yield seen if mask is None or mask.numel() != len(seen) else seen[mask.flatten().bool()]
+        finally: handle.remove()
+
+    def new_tokens(self, batches): # Share of tokens that were not met
+        tokens = torch.cat([self._tokens(b) for b in batches])
+        return 1 - torch.isin(tokens, self.tokens).float().mean().item()
+
+    def leverage(self, batches): # Mean over tokens
+        away = torch.cat(list(self._features(batches))) - self.mean
+        return ((away @ self.inverse)*away).sum(1).mean().item()
+
 # %% ../nbs/33_shrink.ipynb #884dbd97
 @dataclass
 class Report:
-    "What was asked and achieved; shows itself as a table"
+    "What was asked and achieved; shows itself as tables and a picture"
     model: str                  # Class of the model
     head: str                   # What it is for
     method: str                 # By which it was shrunk
@@ -124,33 +194,49 @@ class Report:
     achieved: float             # In the terms of the budget
     costs: pd.DataFrame         # One row a unit: `dense`, `small`, `share`
     fidelity: dict[str,float]   # To the dense model, on sequences kept aside
+    distance: str               # What the distance in `fidelity` is
     layers: pd.DataFrame        # What is left, layer by layer
+    agents: pd.DataFrame        # From who_is_open: what is left, agent by agent
     tokens: int                 # Mean length of the sequences that FLOPs are counted for
     sequences: int              # That were looked at
     seed: int                   # Of all that is drawn
+    other: dict[str,float]|None=None # As `fidelity`, on the texts of another kind
     seconds: dict[str,float] = field(default_factory=dict) # By step
 
     def __repr__(self):
         kept = ', '.join(f'{k} {v:.4f}' for k,v in self.fidelity.items())
         return f'Report({self.model}, {self.head}: {self.asked} asked, {self.achieved:.4g} achieved; {kept})'
 
-    def _repr_markdown_(self):
-        kept = pd.DataFrame([self.fidelity]).to_markdown(index=False, floatfmt='.4f')
-        costs = self.costs.to_markdown(floatfmt='.4g')
-        layers = self.layers.to_markdown(index=False, floatfmt='.3f')
+    def kept(self)->pd.DataFrame: # One row for the texts kept aside, and one for those of another kind
+        "How near the smaller model's outputs are to the dense model's"
+        rows = {'texts kept aside': self.fidelity} | ({} if self.other is None else {'other texts': self.other})
+        return pd.DataFrame.from_dict(rows, orient='index')
+
+    def _parts(self): # Words and tables
         took = sum(self.seconds.values())
-        parts = [f'**{self.model}**, {self.head}, by `{self.method}`: {self.asked} asked, '
-                 f'{self.achieved:.4g} achieved, {took:.0f} s', costs,
-                 'To the dense model, on sequences kept aside:', kept, 'Open heads and neuron blocks:', layers]
-        return '\n\n'.join(parts) + '\n'
+        return [f'{self.model}, {self.head}, by {self.method}: {self.asked} asked, '
+                f'{self.achieved:.4g} achieved, in {took:.0f} s', self.costs,
+                f'To the dense model (distance: {self.distance}; new tokens: share of tokens that the texts looked at '
+                'do not have; unlikeness: 1 is a text like those looked at):', self.kept(),
+                'Open heads and neuron blocks:', self.layers]
+
+    def _repr_html_(self):
+        def show(part):
+            if isinstance(part, str): return f'<p>{html.escape(part)}</p>'
+            return part.to_html(float_format='{:.4g}'.format, index=part is not self.layers)
+        return '\n'.join([*map(show, self._parts()), picture(self.agents)])
 
     def card(self)->str: # Markdown with a header of metadata
         "A model card"
+        def show(part):
+            if isinstance(part, str): return part
+            return part.to_markdown(floatfmt='.4g', index=part is not self.layers)
         versions = ', '.join(f'{k} {v}' for k,v in package_versions('compecon', 'torch', 'transformers').items())
+        said = '\n\n'.join(map(show, self._parts()))
         return (f'---\ntags: [compecon, pruned]\nlibrary_name: transformers\n---\n# A smaller {self.model}\n\n'
                 f'Made by `compecon.shrink`, without labels and without training, from {self.sequences} sequences of '
-                f'{self.tokens} tokens on average (seed {self.seed}; {versions}).\n\n{self._repr_markdown_()}\n'
-                'Load it after `import compecon`, by `from_pretrained`, like any other model.\n')
+                f'{self.tokens} tokens on average (seed {self.seed}; {versions}). Load it after `import compecon`, '
+                f'by `from_pretrained`, like any other model.\n\n{said}\n\n![Open heads and blocks](agents.svg)\n')
 
     def save(self,
         model:nn.Module, # The smaller model
@@ -159,8 +245,15 @@ class Report:
         )->Path: # The folder
         "Write the model, and this report as its card"
         folder = save(model, folder, tokenizer)
-        (folder/'README.md').write_text(self.card(), encoding='utf-8')
+        self.write_card(folder)
         return folder
+
+    def write_card(self,
+        folder:str|Path # Of the smaller model
+        ):
+        "Write the card and its picture: `README.md` and `agents.svg`"
+        Path(folder, 'README.md').write_text(self.card(), encoding='utf-8')
+        Path(folder, 'agents.svg').write_text(picture(self.agents), encoding='utf-8')
 
 # %% ../nbs/33_shrink.ipynb #7ca3e49a
 SHRINK_METHODS = 'repair', 'fisher', 'activation', 'magnitude', 'random'
@@ -186,9 +279,9 @@ def _sort(model, method, outputs, batches, tokens, seed): # Neurons by importanc
 # %% ../nbs/33_shrink.ipynb #44949999
 class _Shrinker:
     "A copy of a model, with values, that can be brought to one budget after the other"
-    def __init__(self, model, batches, outputs, method, block_size, multiple, seed, clock):
+    def __init__(self, model, batches, other, outputs, method, block_size, multiple, seed, clock):
         self.dense, self.outputs, self.method, self.seed, self.clock = model, outputs, method, seed, clock
-        self.multiple = multiple
+        self.multiple, self.other = multiple, other
         self.batches, (self.aside, self.choose, self.fit) = batches, _parts(batches, seed)
         self.tokens = int(min(mean_tokens(batches), longest_input(model)))
         self.block_size = block_size or usual_block_size(model)
@@ -196,7 +289,8 @@ class _Shrinker:
         self.economy = Economy(self.work, self.tokens, self.block_size)
 
     def check(self, budgets): # Below the floor, it says so here, before any work
-        self.curves = None
+        self.curves, self.known = None, None
+        _check_outputs(self.dense, self.outputs, self.batches)
         if any(b.unit in ('ms', 'latency') for b in budgets): self._measure()
         for b in budgets: self._clear(b)
 
@@ -214,6 +308,11 @@ class _Shrinker:
         with self.clock('score'):
             self.candidates = _values(self.economy, self.method, self.outputs, self.fit, self.seed)
         self.weights = [copy.deepcopy(s.out_proj.state_dict()) for s in self.economy.sublayers]
+
+    def unlikeness(self, batches): # Of texts to those that are looked at
+        if self.known is None: self.known = _Known(self.dense, self.fit + self.choose)
+        new = self.known.new_tokens(batches)
+        return {'new tokens': new, 'unlikeness': self.known.leverage(batches)/self.known.leverage(self.aside)}
 
     def start(self, values, budget): # From the dense weights
         for s, state in zip(self.economy.sublayers, self.weights): s.out_proj.load_state_dict(state)
@@ -250,6 +349,7 @@ def shrink_to_all(
     multiple:int=1, # Round widths up to this multiple
     pooling:str='mean', # Of the embedding of a bare encoder: 'mean' or 'first'
     outputs:Outputs|None=None, # What has to be kept; that of the model's head if `None`
+    other=None, # Texts of another kind, as `data`: the report says how the smaller models do there
     seed:int=0, # Of all that is drawn
     progress:bool=True # Show a bar?
     )->Iterator[tuple[nn.Module,'Report']]: # For each budget the smaller model and its report
@@ -259,9 +359,10 @@ def shrink_to_all(
     budgets, body = [Budget(b) for b in budgets], _Body(model, tokenizer, pooling)
     outputs = outputs or outputs_of(body.model, body.pooling)
     check_weights(body.model)
-    batches = _batches(body.model, data, body.tokenizer, column, samples, batch, outputs, seed)
+    def read(rows): return _batches(body, rows, column, samples, batch, outputs, seed)
+    batches, other = read(data), None if other is None else read(other)
     clock = _Clock(progress, 2 + len(budgets))
-    shrinker = _Shrinker(body.model, batches, outputs, method, block_size, multiple, seed, clock)
+    shrinker = _Shrinker(body.model, batches, other, outputs, method, block_size, multiple, seed, clock)
     try: shrinker.check(budgets)
     except BaseException:
         clock.close()
@@ -297,8 +398,11 @@ class _Body:
     "The Hugging Face model in what was given, and how to put a smaller one in its place"
     def __init__(self, model, tokenizer, pooling):
         self.given, self.model, self.tokenizer, self.pooling = model, model, tokenizer, pooling
-        self.wrapped = type(model).__name__ == 'SentenceTransformer'
+        self.wrapped, self.longest = type(model).__name__ == 'SentenceTransformer', math.inf
+        if tokenizer is not None and not callable(tokenizer):
+            raise ValueError(f'tokenizer={tokenizer!r}: the tokenizer itself is needed, as from `AutoTokenizer`')
         if not self.wrapped: return
+        self.longest = model.max_seq_length or math.inf
         self.name = 'model' if hasattr(model[0], 'model') else 'auto_model'  # before sentence-transformers 6
         self.model, self.tokenizer = getattr(model[0], self.name), tokenizer or model.tokenizer
         mode = str(getattr(model[1], 'pooling_mode', 'mean'))
@@ -328,11 +432,13 @@ class _Clock:
         if step != 'repair': self.bar.update()
     def close(self): self.bar.close()
 
-def _batches(model, data, tokenizer, column, samples, size, outputs, seed):
+def _batches(body, data, column, samples, size, outputs, seed):
     if isinstance(data, str | bytes | Path) or not hasattr(data, '__iter__'): read_texts(data)  # says what is wrong
-    rows = list(data)
+    if isinstance(data, Mapping):
+        raise ValueError('data is one dictionary: a list of texts, of rows or of batches is needed')
+    rows, tokenizer = _some_rows(data, samples, seed), body.tokenizer
     first = rows[0] if rows else None
-    if isinstance(first, tuple): first = first[0]
+    if isinstance(first, tuple) and first: first = first[0]
     if isinstance(first, Mapping) and 'input_ids' in first: return _ready(rows)
     texts = read_texts(rows, column)
     if tokenizer is None: raise ValueError('texts need a tokenizer: pass the one of the model')
@@ -341,19 +447,37 @@ def _batches(model, data, tokenizer, column, samples, size, outputs, seed):
     if tokenizer.pad_token is None:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.eos_token
-    size = max(1, min(size, len(texts)//8))  # few texts make small batches, for there are three parts
-    return _token_batches(texts, tokenizer, longest_input(model), size, outputs.head == 'language model')
+    windows = outputs.head == 'language model'
+    size = max(1, min(size, len(texts)//8, *([2**25//body.model.config.vocab_size//256] if windows else [])))
+    batches = _token_batches(texts, tokenizer, min(body.longest, longest_input(body.model)), size, windows)
+    _check_tokens(body.model, tokenizer, batches)
+    return batches
+
+def _some_rows(data, samples, seed): # Of a large `datasets` object, some at random
+    if hasattr(data, 'select') and len(data) > 4*samples: data = data.shuffle(seed).select(range(4*samples))
+    return list(data)
 
 def _ready(rows):
     batches = [model_inputs(r) for r in rows]
     for i, b in enumerate(batches):
-        if 'attention_mask' in b and not b['attention_mask'].any(): raise ValueError(f'batch {i} has padding only')
+        if not isinstance(b['input_ids'], torch.Tensor) or b['input_ids'].ndim != 2:
+            raise ValueError(f'batch {i}: `input_ids` must be a tensor `(batch, tokens)`')
+        if (batch_tokens(b) == 0).any(): raise ValueError(f'batch {i} has a sequence of padding only')
     return batches
 
-# %% ../nbs/33_shrink.ipynb #67c5defd
+def _check_outputs(dense, outputs, batches): # Before any work
+    if outputs.head != 'sequence classification' or outputs.measure is not MEASURES['classes']: return
+    with torch.no_grad(), evaluating(dense):
+        classes = torch.cat([outputs.of(dense, b)[0].argmax(-1).cpu() for b in batches])
+    if len(classes.unique()) == 1:
+        name = dense.config.id2label.get(int(classes[0]), int(classes[0]))
+        raise ValueError(f'the model gives class {name!r} to all {len(classes)} texts: texts of other classes '
+                         'are needed, or the smaller model may forget them')
+
 def _report(shrinker, small, budget, achieved):
     dense, economy, outputs = shrinker.dense, shrinker.economy, shrinker.outputs
-    fidelity = compare_outputs(small, dense, outputs, shrinker.aside)
+    fidelity = _fidelity(shrinker, small, shrinker.aside)
+    other = _fidelity(shrinker, small, shrinker.other) if shrinker.other else None
     device = next(dense.parameters()).device
     x = {k: v[:1] for k,v in model_inputs(shrinker.aside[0], device).items()}
     with torch.no_grad(), evaluating(dense), evaluating(small):
@@ -366,7 +490,25 @@ def _report(shrinker, small, budget, achieved):
     costs['share'] = costs.small/costs.dense
     sequences = sum(len(next(iter(b.values()))) for b in shrinker.batches)
     return Report(type(dense).__name__, outputs.head, shrinker.method, str(budget), achieved, costs, fidelity,
-                  layer_table(economy), shrinker.tokens, sequences, shrinker.seed, dict(shrinker.clock.seconds))
+                  outputs.measure.says, layer_table(economy), who_is_open(economy), shrinker.tokens, sequences,
+                  shrinker.seed, other, dict(shrinker.clock.seconds))
+
+def _fidelity(shrinker, small, batches): # To the dense model, and how unlike the texts are
+    dense, outputs = shrinker.dense, shrinker.outputs
+    found = compare_outputs(small, dense, outputs, batches)
+    if outputs.head == 'language model':
+        found |= {'perplexity': _perplexity(small, batches), 'dense perplexity': _perplexity(dense, batches)}
+    return found | shrinker.unlikeness(batches)
+
+def _perplexity(model, batches): # By the token, within sequences
+    total, n = 0., 0
+    for batch in batches:
+        x = model_inputs(batch, next(model.parameters()).device)
+        mask = x.get('attention_mask', torch.ones_like(x['input_ids']))[:, 1:].bool()
+        with torch.no_grad(), evaluating(model): logits = model(**x).logits[:, :-1][mask].float()
+        total += F.cross_entropy(logits, x['input_ids'][:, 1:][mask], reduction='sum').item()
+        n += len(logits)
+    return math.exp(total/n)
 
 def _size(model): # Millions of parameters, and megabytes
     return sum(p.numel() for p in model.parameters())/1e6, sum(p.nbytes for p in model.parameters())/1e6
