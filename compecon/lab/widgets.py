@@ -23,7 +23,7 @@ from ..cost import check_tokens
 from ..economy import Economy
 from .attention import attention_maps
 from .records import half_interval, plot_frontier, summarize
-from ..picture import (AGENT_COLORS, CLOSED_COLOR, SQUARE, count_agents, map_height, svg_agents, svg_figure, svg_map,
+from ..picture import (AGENT_COLORS, CLOSED_COLOR, count_agents, map_height, svg_agents, svg_figure, svg_map,
                               svg_text, who_is_open)
 
 # %% ../../nbs/55_widgets.ipynb #59a739a2
