@@ -8,6 +8,7 @@ __all__ = ['SHRINK_METHODS', 'read_texts', 'check_weights', 'usual_block_size', 
 # %% ../nbs/33_shrink.ipynb #8c61d1af
 import copy
 import html
+import inspect
 import math
 import random
 import time
@@ -77,6 +78,15 @@ def _token_batches(texts, tokenizer, longest, size, windows): # Dictionaries of 
     rows.sort(key=lambda r: len(r['input_ids']))
     parts = [rows[i:i + size] for i in range(0, len(rows), size)]
     return [dict(tokenizer.pad(p, return_tensors='pt')) for p in parts]
+
+def _targets(model, tokenizer, batches): # What a model that reads one text and writes another writes: its own answers
+    for batch in batches:
+        x = model_inputs(batch, next(model.parameters()).device)
+        with torch.no_grad(), evaluating(model): written = model.generate(**x, max_new_tokens=32, do_sample=False)
+        read = written[:, :-1].cpu()
+        mask = (read != tokenizer.pad_token_id).long()
+        mask[:, 0] = 1  # the token that starts may be the one that pads
+        yield batch | dict(decoder_input_ids=read, decoder_attention_mask=mask)
 
 @contextmanager
 def _quiet_about_length(): # transformers' own warning about long texts, which is ours to give
@@ -454,8 +464,10 @@ def _batches(body, data, column, samples, size, outputs, seed):
     windows = outputs.head == 'language model'
     size = max(1, min(size, len(texts)//8, *([2**25//body.model.config.vocab_size//256] if windows else [])))
     batches = _token_batches(texts, tokenizer, min(body.longest, longest_input(body.model)), size, windows)
+    read = inspect.signature(body.model.forward).parameters
+    batches = [{k: v for k,v in b.items() if k in read} for b in batches]  # a tokenizer may give more
     _check_tokens(body.model, tokenizer, batches)
-    return batches
+    return list(_targets(body.model, tokenizer, batches)) if body.model.config.is_encoder_decoder else batches
 
 def _some_rows(data, samples, seed): # Of a large `datasets` object, some at random
     if hasattr(data, 'select') and len(data) > 4*samples: data = data.shuffle(seed).select(range(4*samples))
