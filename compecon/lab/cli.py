@@ -209,8 +209,9 @@ def shrink_command(
     model:Annotated[str, typer.Argument(help="'minilm' (packaged), a folder, or a model on the hub.")]='minilm',
     data:Annotated[Optional[str], typer.Option(
         help='A file of texts (txt, csv, jsonl or parquet), or a data set on the hub, as in nyu-mll/glue:sst2.')]=None,
-    budget:Annotated[str, typer.Option('--budget', '--budgets', help="As in 0.4, '0.4 flops', '0.75 params', '0.5 latency', '8 ms'; "
-                                            'several are separated by commas.')]='0.6,0.4',
+    budget:Annotated[str, typer.Option(
+        '--budget', '--budgets', help="As in 0.4, '0.4 flops', '0.75 params', '0.5 latency', '8 ms'; "
+                                      'several are separated by commas.')]='0.6,0.4',
     column:Annotated[Optional[str], typer.Option(help='The column of texts.')]=None,
     method:Annotated[Optional[str], typer.Option(help='repair, fisher, activation, magnitude or random; '
                                                       'several are separated by commas.')]=None,
