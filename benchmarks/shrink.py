@@ -16,8 +16,8 @@ and `optipfair` are those libraries' own pruners (peers.py). Scores are of two h
 told apart once by a hash of the row: `validation`, by which choices may be made, and `third`, which none has seen
 (the test part for `smollm2`). CoLA's sentences from other sources are scored by themselves as well, as `elsewhere`.
 With `--without`, for embeddings, a source of texts is left out of what is looked at, and is what is scored
-(`elsewhere`); with `--seen`, sources are scored by themselves while all are looked at. Every budget leaves its lines
-in RECORDS as soon as it is there; run again, the script resumes.
+(`elsewhere`); with `--only`, sources are scored by themselves as well, while all are looked at. Every budget leaves its
+lines in RECORDS as soon as it is there; run again, the script resumes.
 """
 import hashlib
 import json
@@ -123,8 +123,8 @@ class Embedding:
         else: self.model, self.dense = MINILM, AutoModel.from_pretrained(source).eval()
         self.without, self.args = without, args
         self.train, self.validation = rows_of(args.data, 'train'), rows_of(args.data, 'validation')
-        self.splits = HALVES if not without else {'elsewhere': lambda row: row['source'] == without}
-        if args.seen: self.splits = {f'seen {s}': lambda row, s=s: row['source'] == s for s in args.seen}
+        self.splits = dict(HALVES) if not without else {'elsewhere': lambda row: row['source'] == without}
+        self.splits |= {f'only {s}': lambda row, s=s: row['source'] == s for s in args.only}
 
     def texts(self): return texts_of(r for r in self.train if r['source'] != self.without)
     def scores(self, model): return scores(model, self.tokenizer, self.validation, self.splits)
@@ -212,9 +212,9 @@ def arguments():
                            budgets='0.8,0.6,0.4,0.2', methods='repair,fisher', seeds=3, samples=looked_at,
                            out='results/shrink', records='results/shrink.jsonl', threads=1)
     parser.add_argument('--without', default='', help='sources to leave out, one after the other, separated by commas')
-    parser.add_argument('--seen', default='', help='sources to score by themselves, with all looked at')
+    parser.add_argument('--only', default='', help='sources to score by themselves as well, with all looked at')
     args = read_args(parser, dict(methods=(*SHRINK_METHODS, *WITH_LABELS, *PEERS, *OF_DECODERS)), apart=['records'])
-    args.seen = [s for s in args.seen.split(',') if s]
+    args.only = [s for s in args.only.split(',') if s]
     return args
 
 
