@@ -26,9 +26,9 @@ def _drawn_labels(rows, generator):
     drawn = torch.bernoulli(rows.detach().float().sigmoid().cpu(), generator=generator).to(rows.device)
     return F.binary_cross_entropy_with_logits(rows.float(), drawn, reduction='none').sum(-1)
 
-def _noise(rows, generator): # Linear part of half the squared distance to the row plus unit noise
-    noise = torch.randn(rows.shape, generator=generator).to(rows.device)
-    return (rows.float()*noise).sum(-1)
+def _signs(rows, generator): # Linear part of half the squared distance to the row plus or minus 1
+    signs = torch.randint(2, rows.shape, generator=generator).to(rows.device)*2. - 1
+    return (rows.float()*signs).sum(-1)
 
 def _class_distance(rows, wanted):
     p, q = wanted.float().log_softmax(-1), rows.float().log_softmax(-1)
@@ -44,6 +44,7 @@ class Measure:
     "What can be done with rows of answers"
     says: str           # What `distance` is
     fidelity: str       # What `alike` is called
+    draws: int          # Of labels that an importance score should average
     own_loss: Callable  # (rows, generator) -> `(rows,)`: the loss of labels drawn from the answers themselves
     distance: Callable  # (rows, wanted rows) -> `(rows,)`: 0 where they are the same
     alike: Callable     # (rows, wanted rows) -> a number for all of them, 1 where they are the same
@@ -53,13 +54,13 @@ def _correlation(rows, wanted):
     return torch.corrcoef(pair)[0, 1].nan_to_num().item() if pair.shape[1] > 1 else float('nan')
 
 MEASURES = {
-    'classes': Measure('KL divergence', 'agreement', _drawn_class, _class_distance,
+    'classes': Measure('KL divergence', 'agreement', 4, _drawn_class, _class_distance,
                        lambda rows, wanted: (rows.argmax(-1) == wanted.argmax(-1)).double().mean().item()),
-    'labels': Measure('KL divergence', 'agreement', _drawn_labels, _label_distance,
+    'labels': Measure('KL divergence', 'agreement', 4, _drawn_labels, _label_distance,
                       lambda rows, wanted: ((rows > 0) == (wanted > 0)).double().mean().item()),
-    'number': Measure('squared difference', 'correlation', _noise,
+    'number': Measure('squared difference', 'correlation', 1, _signs,
                       lambda rows, wanted: (rows - wanted).float().square().sum(-1), _correlation),
-    'vector': Measure('1 - cosine', 'cosine', _noise,
+    'vector': Measure('1 - cosine', 'cosine', 4, _signs,
                       lambda rows, wanted: 1 - F.cosine_similarity(rows.float(), wanted.float(), dim=-1),
                       lambda rows, wanted: F.cosine_similarity(rows.double(), wanted.double(), dim=-1).mean().item()),
 }
@@ -86,7 +87,14 @@ class Outputs:
         generator:torch.Generator # Of the labels that are drawn
         )->torch.Tensor: # A scalar: the sum over sequences of the mean over their rows
         "The loss by labels drawn from the model's own answers"
-        rows, owner = self.of(model, batch)
+        return self.loss_of(*self.of(model, batch), generator)
+
+    def loss_of(self,
+        rows:torch.Tensor, # `(rows, features)`, from `of`
+        owner:torch.Tensor, # `(rows,)`: the sequence of each, from `of`
+        generator:torch.Generator # Of the labels that are drawn
+        )->torch.Tensor: # A scalar, as `own_loss`
+        "The same for outputs that are known"
         count = owner.bincount().clamp_min(1).to(rows.device)
         return (self.measure.own_loss(rows, generator)/count[owner]).sum()
 
@@ -147,14 +155,18 @@ def own_fisher(
     )->torch.Tensor: # `(agents,)`: values, in squared loss per whole model of compute
     "Fisher importance by labels drawn from the model's own answers; raises `ValueError` without batches"
     generator, total, sequences = torch.Generator().manual_seed(seed), 0., 0
+    draws = outputs.measure.draws
     for batch in batches:
         inputs = model_inputs(batch)
         n = len(next(iter(inputs.values())))
         shares = torch.ones(n, len(economy), device=economy.log_values.device).requires_grad_()
         with evaluating(economy.model), economy.forcing(shares), torch.enable_grad():
-            loss = outputs.own_loss(economy.model, inputs, generator)
-            gradient, = torch.autograd.grad(loss, shares)
-        total, sequences = total + gradient.square().sum(0), sequences + n
+            rows, owner = outputs.of(economy.model, inputs)
+            for draw in range(draws):
+                loss = outputs.loss_of(rows, owner, generator)
+                gradient, = torch.autograd.grad(loss, shares, retain_graph=draw + 1 < draws)
+                total = total + gradient.square().sum(0)/draws
+        sequences += n
     if not sequences: raise ValueError('importance without labels needs at least one batch')
     return total/sequences/economy.prices.costs.to(economy.log_values.device)
 
