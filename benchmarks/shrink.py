@@ -10,14 +10,14 @@ Tasks:
 - `stsb`, `cola`, `mnli` are MiniLM fine-tuned (seed 0, kept in OUT/models; made if it is not there);
 - `smollm2` is SmolLM2-135M, dequantised from 4 bits, scored by its perplexity on WikiText-103.
 
-512 texts of the training part are looked at (of the validation part for `smollm2`), drawn anew for each seed. Methods
-are those of `shrink`; with `:labels`, those of compecon.methods on the same samples with their labels; `torch-pruning`
-and `optipfair` are those libraries' own pruners (peers.py). Scores are of two halves of the validation part,
-told apart once by a hash of the row: `validation`, by which choices may be made, and `third`, which none has seen
-(the test part for `smollm2`). CoLA's sentences from other sources are scored by themselves as well, as `elsewhere`.
-With `--without`, for embeddings, a source of texts is left out of what is looked at, and is what is scored
-(`elsewhere`); with `--only`, sources are scored by themselves as well, while all are looked at. Every budget leaves its
-lines in RECORDS as soon as it is there; run again, the script resumes.
+512 texts of the training part are looked at (64 paragraphs of the validation part for `smollm2`), drawn anew for each
+seed. Methods are those of `shrink`; with `:labels`, those of compecon.methods on the same samples with their labels;
+`torch-pruning` and `optipfair` are those libraries' own pruners (peers.py). Scores are of two halves of the
+validation part, told apart once by a hash of the row: `validation`, by which choices may be made, and `third`, which
+none has seen (the test part for `smollm2`). CoLA's sentences from other sources are scored by themselves as well, as
+`elsewhere`. With `--without`, for embeddings, a source of texts is left out of what is looked at, and is what is
+scored (`elsewhere`); with `--only`, sources are scored by themselves as well, while all are looked at. Every budget
+leaves its lines in RECORDS as soon as it is there; run again, the script resumes.
 """
 import hashlib
 import json
@@ -148,6 +148,7 @@ class Decoder:
     task, metric, methods, without = 'wikitext', 'perplexity', (*SHRINK_METHODS, *OF_DECODERS), ''
     def __init__(self, args):
         self.model, self.args = SMOLLM2, args
+        args.samples = args.samples//8  # paragraphs, which are longer
         self.dense, self.tokenizer = load_decoder(SMOLLM2)
         texts = {split: detokenize(text) for split, text in load_wikitext(args.data).items()}
         paragraphs = [p for p in texts['validation'].split('\n') if len(p) > 200]
