@@ -61,6 +61,7 @@ def torch_pruning_to(dense, budgets, batches, tokens, seed=0, **options):
             share = count_flops(model, **ids)/full
             if share <= budget: high, best = middle, (model, share)
             else: low = middle
+        if best is None: raise ValueError(f'torch-pruning reaches no budget of {budget}')
         yield *best, None
 
 
@@ -77,4 +78,6 @@ def optipfair_to(dense, budgets, batches, tokens):
         for _ in range(8):
             middle = (low + high)/2
             low, high = (low, middle) if cut(middle)[1] <= budget else (middle, high)
-        yield *cut(high, batches), None
+        model, share = cut(high, batches)
+        if share > budget: raise ValueError(f'optipfair reaches no budget of {budget}: {share:.4f} at least')
+        yield model, share, None

@@ -227,8 +227,11 @@ def layer_table(
     rows = {}
     for s,o,c in zip(economy.sublayers, opened, charges):
         row = rows.setdefault(s.layer, dict(heads='', blocks='', spend=0.))
-        row[s.kind+'s'] = _count([o])
         row['spend'] += c.sum().item()
+    for name, row in rows.items():
+        for kind in ('head', 'block'):  # a decoder's layer may have two sub-layers with heads
+            here = [o for s,o in zip(economy.sublayers, opened) if (s.layer, s.kind) == (name, kind)]
+            if here: row[kind+'s'] = _count(here)
     def total(kind): return _count([o for s,o in zip(economy.sublayers, opened) if s.kind == kind])
     rows['fixed'] = dict(heads='', blocks='', spend=economy.prices.fixed)
     rows['all'] = dict(heads=total('head'), blocks=total('block'), spend=economy.spend())

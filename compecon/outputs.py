@@ -68,7 +68,7 @@ MEASURES = {
 # %% ../nbs/32b_outputs.ipynb #3041a9bd
 @dataclass(frozen=True)
 class Outputs:
-    "The answers of a kind of model"
+    "What a kind of model puts out"
     head: str         # What it is for, as 'sequence classification'
     measure: Measure  # What can be done with its rows
     rows: Callable    # (what the model gave, its inputs) -> rows `(rows, features)`, and the sequence of each `(rows,)`
@@ -125,7 +125,7 @@ def _pooled(how): # An embedding of each sequence
 # %% ../nbs/32b_outputs.ipynb #30358b0e
 def _classifier(model):
     config = model.config
-    kind = 'classes' if config.num_labels > 1 else 'number'
+    kind = 'number' if config.num_labels == 1 or config.problem_type == 'regression' else 'classes'
     if config.problem_type == 'multi_label_classification': kind = 'labels'
     return Outputs('sequence classification', MEASURES[kind], lambda out, inputs: _by_sequence(out.logits, inputs))
 
@@ -139,7 +139,7 @@ def outputs_of(
     name, classes = type(model).__name__, MEASURES['classes']
     if name.endswith('ForSequenceClassification'): return _classifier(model)
     if name.endswith('ForTokenClassification'): return Outputs('token classification', classes, _token_logits)
-    if name.endswith('ForQuestionAnswering'): return Outputs('questions', classes, _spans)
+    if name.endswith('ForQuestionAnswering'): return Outputs('question answering', classes, _spans)
     if name.endswith('ForMaskedLM'): return Outputs('masked language model', classes, _token_logits)
     if name.endswith('ForConditionalGeneration'): return Outputs('sequence to sequence', classes, _decoder_logits)
     if name.endswith(('ForCausalLM', 'LMHeadModel')): return Outputs('language model', classes, _token_logits)

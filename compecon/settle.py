@@ -306,6 +306,7 @@ class SettledQuantizer(HfQuantizer):
     def postprocess_model(self, model, **_):
         for m in model.modules():
             if hasattr(m, 'picked'): _index(m)
+            if isinstance(m, EmptyLinear): m.register_buffer('weight', m.weight)  # the next file has it
         self.remove_quantization_config(model)  # it is a plain model from here on
         model.config.quantization_config = self.quantization_config
         return model

@@ -149,43 +149,47 @@ def _summary(table, out): # What it did
             f'Table, plot and models are in {out}/')
 
 # %% ../../nbs/56_cli.ipynb #1f9a84fd
+_FILES = '.txt', '.csv', '.jsonl', '.parquet'
+
 def read_file(
     file:str|Path, # txt, csv, jsonl or parquet
-    column:str|None=None # Of texts; found if `None`, not needed for txt
+    column:str|None=None # Of texts, or two for pairs as in 'question,context'; found if `None`, not needed for txt
     )->list: # Texts, or rows with columns
     "What is in a file of texts; raises `ValueError` naming the file and what is wrong"
     import pandas as pd
     file = Path(file)
-    readers = {'.csv': pd.read_csv, '.parquet': pd.read_parquet,
-               '.jsonl': lambda f: pd.read_json(f, lines=True)}
-    if file.suffix not in ('.txt', *readers):
-        raise ValueError(f'{file}: a file of texts is .txt, .csv, .jsonl or .parquet')
+    readers = {'.csv': lambda f: pd.read_csv(f, dtype=str, keep_default_na=False), '.parquet': pd.read_parquet,
+               '.jsonl': lambda f: pd.read_json(f, lines=True, dtype=False)}
+    kind = file.suffix.lower()
+    if kind not in _FILES: raise ValueError(f'{file}: a file of texts is {", ".join(_FILES)}')
     if not file.is_file(): raise ValueError(f'{file} is not there')
     try:
-        if file.suffix == '.txt': return file.read_text(encoding='utf-8').splitlines()
-        rows = readers[file.suffix](file)
+        if kind == '.txt': return file.read_text(encoding='utf-8').splitlines()
+        rows = readers[kind](file)
     except (OSError, ValueError) as e: raise ValueError(f'{file} cannot be read: {e}') from None
     if column is None: return rows.to_dict('records')
-    if column not in rows:
-        raise ValueError(f'{file} has no column {column!r}: there are {", ".join(map(str, rows.columns))}')
-    return rows[column].astype(str).tolist()
+    return _of_columns(rows.to_dict('records'), column, file)
+
+def _of_columns(rows, column, source): # Texts, or pairs where two columns are named
+    names = _names(column)
+    for name in names:
+        if name not in rows[0]:
+            raise ValueError(f'{source} has no column {name!r}: there are {", ".join(map(str, rows[0]))}')
+    return [r[names[0]] if len(names) == 1 else tuple(r[n] for n in names) for r in rows]
 
 def read_data(
     source:str, # A file of texts, or a data set on the hub with the configuration after a colon, as nyu-mll/glue:sst2
     column:str|None=None # Of texts; found if `None`
     )->list: # Texts, or rows with columns (a `datasets` object)
     "Texts from a file or the hub (its training part); raises `ValueError` naming what is wrong"
-    if Path(source).suffix or Path(source).exists(): return read_file(source, column)
+    if Path(source).suffix.lower() in _FILES or Path(source).exists(): return read_file(source, column)
     from datasets import load_dataset
     name, _, config = source.partition(':')
     try: rows = load_dataset(name, config or None, split='train')
     except Exception as e:  # the hub has many ways to fail
         raise ValueError(f'{source!r} is neither a file nor a data set that can be loaded: {str(e).splitlines()[0]}'
                         ) from None
-    if column is None: return rows
-    if column not in rows.column_names:
-        raise ValueError(f'{source} has no column {column!r}: there are {", ".join(rows.column_names)}')
-    return rows.select_columns([column])
+    return rows if column is None else _of_columns(rows.to_list(), column, source)
 
 def load_model(
     name:str # 'minilm', a folder, or a name on the hub
@@ -195,9 +199,10 @@ def load_model(
     from compecon.lab.finetune import model_source
     source = model_source(name)
     try:
-        if (Path(source)/'modules.json').is_file():
+        embeds = transformers.utils.cached_file(source, 'modules.json', _raise_exceptions_for_missing_entries=False)
+        if embeds:
             from sentence_transformers import SentenceTransformer
-            return SentenceTransformer(source, device='cpu'), None
+            return SentenceTransformer(str(source), device='cpu'), None
         config = transformers.AutoConfig.from_pretrained(source)
         cls = getattr(transformers, (config.architectures or ['AutoModel'])[0])
         return cls.from_pretrained(source).eval(), transformers.AutoTokenizer.from_pretrained(source)
@@ -212,24 +217,28 @@ def shrink_command(
     budget:Annotated[str, typer.Option(
         '--budget', '--budgets', help="As in 0.4, '0.4 flops', '0.75 params', '0.5 latency', '8 ms'; "
                                       'several are separated by commas.')]='0.6,0.4',
-    column:Annotated[Optional[str], typer.Option(help='The column of texts.')]=None,
+    column:Annotated[Optional[str], typer.Option(help='The column of texts, or two for pairs: question,context.')]=None,
     method:Annotated[Optional[str], typer.Option(help='repair, fisher, activation, magnitude or random; '
                                                       'several are separated by commas.')]=None,
-    samples:Annotated[int, typer.Option(help='Texts to look at, at most.')]=512,
+    samples:Annotated[Optional[int], typer.Option(
+        help='Texts to look at, at most. Default: 512; 256 in the demonstration.')]=None,
     other:Annotated[Optional[str], typer.Option(
         help='Texts of another kind, as --data: says how the smaller models do there.')]=None,
     out:Annotated[Optional[str], typer.Option(help='Folder for the smaller models and their cards.')]=None):
     "Make a model smaller, without labels and without training."
     _quiet()
+    from tqdm import tqdm
     try:
         budgets, methods = _names(budget), _names(method or ('repair' if data else 'repair,fisher,magnitude,random'))
+        _check_asked(budgets, methods)
         rows = read_data(data, column) if data else _demo_texts()
         others = read_data(other, column) if other else None
+        if samples is None: samples = 512 if data else 256
         (dense, tokenizer), reports = load_model(model), []
         for m in methods:
             for small, report in _shrunk(dense, budgets, rows, tokenizer, m, samples, others):
                 reports.append(report)
-                if out: _keep(small, report, tokenizer, Path(out), m, len(methods))
+                if out: tqdm.write(f'in {report.save(small, _folder(report, Path(out), len(methods)), tokenizer)}')
         typer.echo(_shrink_table(reports))
     except ValueError as e: _stop(e)
 
@@ -241,6 +250,13 @@ def _demo_texts(): # Sentences of the language reference
     sentences = {' '.join(s.split()) for s in re.split(r'(?<=[.:])\s+', text)}
     return sorted(s for s in sentences if 40 < len(s) < 120)[::5]
 
+def _check_asked(budgets, methods): # Before a model is loaded
+    from compecon.core import Budget
+    from compecon.shrink import SHRINK_METHODS
+    for b in budgets: Budget(b)
+    for m in methods:
+        if m not in SHRINK_METHODS: raise ValueError(f'unknown method {m!r}: there are {", ".join(SHRINK_METHODS)}')
+
 def _shrunk(dense, budgets, rows, tokenizer, method, samples, other):
     from compecon.shrink import shrink_to_all
     return shrink_to_all(dense, budgets, rows, tokenizer, method=method, samples=samples, other=other)
@@ -249,25 +265,20 @@ def _shrink_table(reports): # What was asked and achieved, and how near the answ
     import pandas as pd
     table = pd.DataFrame([_shrink_row(r) for r in reports]).to_markdown(index=False, floatfmt='.3f')
     return (f'\n{table}\n\nHow near the outputs are to the dense model\'s, on texts kept aside (distance: '
-            f'{reports[0].distance}); parameters and time: share of dense.')
+            f'{reports[0].distance}). Parameters, and time for {reports[0].tokens} tokens: share of dense.')
 
 def _shrink_row(report):
-    kept = {k: v for k,v in report.fidelity.items() if k not in ('new tokens', 'unlikeness')}
+    kept = {k: v for k,v in report.fidelity.items() if k != 'new tokens'}
     alike = list(kept)[1]  # after the distance
     row = {'budget': report.asked, 'method': report.method, 'achieved': report.achieved, **kept}
     if report.other: row |= {f'{k}, other texts': report.other[k] for k in (alike, 'new tokens', 'unlikeness')}
     share = report.costs.share
-    row |= {'parameters': share['million parameters'], 'time': share['ms of a sequence']}
-    return row | {alike + ' ': '█'*round(20*max(0., kept[alike]))}
+    row |= {'parameters': share['million parameters'], 'time': share['milliseconds']}
+    return row | {'': '█'*round(20*max(0., kept[alike]))}
 
-def _keep(small, report, tokenizer, out, method, methods):
+def _folder(report, out, methods):
     name = report.asked.replace(' ', '-')
-    folder = out/(f'{method}-{name}' if methods > 1 else name)
-    if type(small).__name__ == 'SentenceTransformer':
-        small.save(str(folder))
-        report.write_card(folder)
-    else: report.save(small, folder, tokenizer)
-    typer.echo(f'  in {folder}')
+    return out/(f'{report.method}-{name}' if methods > 1 else name)
 
 # %% ../../nbs/56_cli.ipynb #efb487be
 @app.command('evaluate')

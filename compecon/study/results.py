@@ -29,7 +29,8 @@ class Source:
 def _all(*commands): return ' && '.join(commands)
 
 _CONTEST = 'python benchmarks/contest.py --data DATA'
-_SHRINK = 'python benchmarks/shrink.py --data DATA --task stsb'
+_SHRINK = 'python benchmarks/shrink.py --data DATA'
+_LABELS = 'repair,fisher,magnitude,repair:labels,fisher:labels,taylor:labels,kwon:labels,kprune:labels'
 _ABLATION = f'{_CONTEST} --tasks cola --methods fisher --budgets 0.1'
 _LM = ('python experiments/wikitext.py --data DATA --seeds 3 --batch 2 --steps 60 --dense-steps 120 --refit 96 '
        '--dtype bfloat16 --test-tokens 20000 --context 512 --stride 512')
@@ -56,8 +57,15 @@ _TRAINED = [
     Source('contest/runs-dropout=true.jsonl', 'what does dropout cost?',
            f'{_ABLATION} --set dropout=true --seeds 1'),
     Source('shrink.jsonl', 'what does `shrink` keep, without labels and without training?', _all(
-        f'{_SHRINK} --methods repair,fisher,activation,magnitude,random',
-        f'{_SHRINK} --methods repair,fisher --budgets 0.4,0.2 --without headlines,images,answers-forums')),
+        f'{_SHRINK} --methods repair,fisher --only headlines,images,answers-forums',
+        f'{_SHRINK} --methods repair,fisher --budgets 0.4,0.2 --without headlines,images',
+        f'{_SHRINK} --methods activation,magnitude,random',
+        f'{_SHRINK} --methods torch-pruning --budgets 0.6,0.4',
+        f'{_SHRINK} --task minilm-l3 --methods repair,fisher --budgets 0.6,0.4',
+        f'{_SHRINK} --task stsb --methods {_LABELS}',
+        f'{_SHRINK} --task cola --methods {_LABELS}')),
+    Source('shrink/runs.jsonl', 'which fine-tuned models does it start from there?', _all(
+        f'{_SHRINK} --task stsb', f'{_SHRINK} --task cola')),
     Source('wikitext.jsonl', 'how much perplexity does a decoder lose with its parameters?', _all(
         f'{_LM} --methods repair --lr 2e-4', f'{_LM} --methods taylor,fisher,any-price --lr 3e-4')),
     Source('context.jsonl', 'do gates pay that read their input?', _all(
@@ -82,6 +90,13 @@ _CLAIMED = [
            'python experiments/faithfulness.py --data DATA --task stsb,cola')]
 
 _REPLACED = [
+    Source('shrink-plain-values.jsonl', 'what did `shrink` keep when values counted fully between sub-layers?', _all(
+        f'{_SHRINK} --task stsb --methods repair,fisher,activation,magnitude,random',
+        f'{_SHRINK} --task stsb --methods repair,fisher --without headlines,images,answers-forums'),
+        'ce350df to d137885'),
+    Source('shrink-one-draw.jsonl', 'and when importance looked at one draw of labels?', _all(
+        f'{_SHRINK} --methods repair,fisher', f'{_SHRINK} --task cola --methods repair,fisher'),
+        '28ceac1 to 3e2847a'),
     Source('contest/site-repair.jsonl', 'what did repairs reach before this one?', _all(
         f'{_CONTEST} --tasks stsb,cola --budgets 0.2,0.1 --methods repair,kwon,kprune',
         f'{_CONTEST} --tasks stsb --budgets 0.6,0.4,0.2 --methods repair,kwon,kprune --set epochs=0'),
