@@ -276,6 +276,19 @@ def _untrained(runs):
     qualities = '' if runs.empty else _qualities(runs, 'stsb', (.4, .2), 'repair')
     return [f'**Without any training** (STS-B). {qualities}.'] if qualities else []
 
+def _without_labels(records): # The embedder, on the half that no choice saw
+    if records.empty: return []
+    some = records[(records.model == 'minilm') & (records.split == 'third')]
+    def said(budget):
+        here = some[some.budget == budget]
+        means = (100*(here.score - here.dense)).groupby(here.method).mean()
+        others = means.drop('repair')
+        return (f'{means.repair:+.1f} at {_percent(budget)} of the FLOPs (the best of {len(others)} others: '
+                f'{others.idxmax()}, {others.max():+.1f})')
+    seeds = _seeds(some[some.method == 'repair'].seed.nunique())
+    return [f'**Without labels and training** (`shrink`, all-MiniLM as it comes, STS-B by cosine, {seeds}). Points of '
+            f'Spearman against the dense model: {", ".join(map(said, (0.6, 0.4, 0.2)))}.']
+
 # %% ../../nbs/63_results.ipynb #20ea7f96
 def _tested(run): # On what a decoder was tested
     tokens = run.plan['test_tokens']
@@ -373,6 +386,7 @@ def headlines(
     "What the records say, in numbers; files that are missing are left out"
     def records(name): return read_runs(Path(folder)/f'{name}.jsonl')
     quality = _trained(records('contest/runs')) + _untrained(records('contest/runs-epochs=0'))
+    quality += _without_labels(records('shrink'))
     decoders = _decoders(records('wikitext')) + _generation(records('generation'))
     speed = _times(records('kernels')) + _efficiency(records('latency'))
     claims = _claims(records('scarcity'), records('rationality'), records('faithfulness'))
