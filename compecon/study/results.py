@@ -63,9 +63,11 @@ _TRAINED = [
         f'{_SHRINK} --methods torch-pruning --budgets 0.6,0.4',
         f'{_SHRINK} --task minilm-l3 --methods repair,fisher --budgets 0.6,0.4',
         f'{_SHRINK} --task stsb --methods {_LABELS}',
-        f'{_SHRINK} --task cola --methods {_LABELS}')),
+        f'{_SHRINK} --task cola --methods {_LABELS}',
+        f'{_SHRINK} --task mnli --methods repair,fisher,repair:labels,taylor:labels --budgets 0.6,0.4 --seeds 1',
+        f'{_SHRINK} --task wikitext --methods repair,fisher,optipfair --budgets 0.8 --seeds 1')),
     Source('shrink/runs.jsonl', 'which fine-tuned models does it start from there?', _all(
-        f'{_SHRINK} --task stsb', f'{_SHRINK} --task cola')),
+        f'{_SHRINK} --task stsb', f'{_SHRINK} --task cola', f'{_SHRINK} --task mnli')),
     Source('wikitext.jsonl', 'how much perplexity does a decoder lose with its parameters?', _all(
         f'{_LM} --methods repair --lr 2e-4', f'{_LM} --methods taylor,fisher,any-price --lr 3e-4')),
     Source('context.jsonl', 'do gates pay that read their input?', _all(
