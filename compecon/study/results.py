@@ -288,7 +288,7 @@ def _without_labels(records): # The embedder, on the half that no choice saw
         return (f'{means.repair:+.1f} at {_percent(budget)} of the FLOPs (the best of {len(others)} others: '
                 f'{others.idxmax()}, {others.max():+.1f})')
     seeds = _seeds(some[some.method == 'repair'].seed.nunique())
-    return [f'**Without labels and training** (`shrink`, all-MiniLM as it comes, STS-B by cosine, {seeds}). Points of '
+    return [f'**Without labels and training** (all-MiniLM as it comes, STS-B by cosine, {seeds}). Points of '
             f'Spearman against the dense model: {", ".join(map(said, (0.6, 0.4, 0.2)))}.']
 
 # %% ../../nbs/63_results.ipynb #20ea7f96
