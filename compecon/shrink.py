@@ -396,7 +396,7 @@ class _Shrinker:
     def error(self, values, budget): # Of a candidate, after a repair, on texts that the repair does not see
         self.start(values, budget)
         with self.clock('repair'):
-            repair(self.economy, self.fit[::2])  # half of them tell candidates apart
+            repair(self.economy, self.fit[::3])  # a third of them tells candidates apart
             return compare_outputs(self.work, self.dense, self.outputs, self.choose)['distance']
 
     def bring_to(self, budget): # What was achieved
@@ -618,7 +618,7 @@ def _report(shrinker, small, budget, achieved):
     other = _fidelity(shrinker, small, shrinker.other) if shrinker.other else None
     x = example_inputs(dense, shrinker.tokens)
     with torch.no_grad(), evaluating(dense), evaluating(small):
-        times = latency({'dense': lambda: dense(**x), 'small': lambda: small(**x)}, rounds=11).ms.tolist()
+        times = latency({'dense': lambda: dense(**x), 'small': lambda: small(**x)}, rounds=9, turn=0.05).ms.tolist()
     flops = [economy.prices.total/1e6, economy.prices.total*economy.spend()/1e6]
     sizes, bytes_ = zip(*(_size(m) for m in (dense, small)))
     rows = {'million FLOPs': flops, 'million parameters': sizes, 'megabytes': bytes_, 'milliseconds': times}
