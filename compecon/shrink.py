@@ -121,6 +121,7 @@ def _quiet_about_length(): # transformers' own warning about long texts, which i
     try: yield
     finally: logging.set_verbosity(level)
 
+# %% ../nbs/33_shrink.ipynb #2876f621
 def _windows(texts, tokenizer, longest, size, most, seed): # Of 256 tokens, or what the model sees; some of them
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     with _quiet_about_length():
@@ -130,6 +131,7 @@ def _windows(texts, tokenizer, longest, size, most, seed): # Of 256 tokens, or w
     if len(rows) > most: rows = rows[sorted(random.Random(seed).sample(range(len(rows)), most))]
     return [dict(input_ids=part, attention_mask=torch.ones_like(part)) for part in rows.split(size)]
 
+# %% ../nbs/33_shrink.ipynb #84028733
 def _split_batches(batches, seed): # An eighth for the report, an eighth for choices, and the rest
     if len(batches) < 3:
         raise ValueError(f'{len(batches)} batches: at least 3 are needed, for some are kept aside. Make them smaller')
@@ -138,6 +140,7 @@ def _split_batches(batches, seed): # An eighth for the report, an eighth for cho
     n = max(1, len(order)//8)
     return [[batches[i] for i in sorted(part)] for part in (order[:n], order[n:2*n], order[2*n:])]
 
+# %% ../nbs/33_shrink.ipynb #4fd3a445
 def _check_tokens(model, batches, tokenizer=None): # Do they fit the model?
     known, longest = model.get_input_embeddings().num_embeddings, longest_input(model)
     for i, b in enumerate(batches):
@@ -444,6 +447,7 @@ def shrink_to_all(
         clock.close()
         raise
 
+# %% ../nbs/33_shrink.ipynb #59dd09a6
 def _check_options(budgets, method, samples, batch, multiple):
     if not budgets: raise ValueError('no budget: name one, as in [0.4]')
     if method not in SHRINK_METHODS:
@@ -473,6 +477,7 @@ def _one_by_one(shrinker, body, budgets, said):
             yield body.around(small), report
     finally: clock.close()
 
+# %% ../nbs/33_shrink.ipynb #784d488e
 def shrink(
     model:nn.Module, # A Hugging Face model of a known family, or a SentenceTransformer; it is left as it is
     budget:float|str|Budget, # As in 0.4, '0.4 flops', '0.75 params', '0.5 latency', '8 ms'
@@ -528,6 +533,7 @@ class _Clock:
         if self.bar is not None: self.bar.update()
     def close(self): self.bar.close()
 
+# %% ../nbs/33_shrink.ipynb #985a6d30
 def _batches(body, data, column, samples, size, seed): # And what they are, in words
     if isinstance(data, str | bytes | Path) or not hasattr(data, '__iter__'): read_texts(data)  # says what is wrong
     if isinstance(data, Mapping):
@@ -579,6 +585,7 @@ def _read_by(model, batch): # What a model reads of a batch; a tokenizer or a co
     read = inspect.signature(model.forward).parameters
     return {k: v for k,v in model_inputs(batch).items() if k in read}
 
+# %% ../nbs/33_shrink.ipynb #238e0355
 def _ready(model, rows, samples): # Batches that are ready, until there are enough sequences
     batches, count = [], 0
     for i, row in enumerate(rows):
@@ -595,6 +602,7 @@ def _ready(model, rows, samples): # Batches that are ready, until there are enou
     _check_tokens(model, batches)
     return batches, f'{count} sequences that were ready'
 
+# %% ../nbs/33_shrink.ipynb #331da5e1
 def _check_outputs(dense, outputs, batches): # Before any work
     found = []
     for b in batches:

@@ -177,6 +177,7 @@ def _of_columns(rows, column, source): # Texts, or pairs where two columns are n
             raise ValueError(f'{source} has no column {name!r}: there are {", ".join(map(str, rows[0]))}')
     return [r[names[0]] if len(names) == 1 else tuple(r[n] for n in names) for r in rows]
 
+# %% ../../nbs/56_cli.ipynb #c277606d
 def read_data(
     source:str, # A file of texts, or a data set on the hub with the configuration after a colon, as nyu-mll/glue:sst2
     column:str|None=None # Of texts; found if `None`
@@ -191,6 +192,7 @@ def read_data(
                         ) from None
     return rows if column is None else _of_columns(rows.to_list(), column, source)
 
+# %% ../../nbs/56_cli.ipynb #40db7661
 def load_model(
     name:str # 'minilm', a folder, or a name on the hub
     ): # The model of the class that its configuration names (or a SentenceTransformer), and its tokenizer
