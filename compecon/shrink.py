@@ -37,7 +37,7 @@ from .flops import latency
 from .importance import activation, magnitude, random_importance
 from .outputs import MEASURES, Outputs, compare_outputs, outputs_of, own_fisher
 from .picture import picture, who_is_open
-from .repair import repair
+from .repair import RepairTargets, repair
 from .settle import clear_rounded, save, settle
 
 # %% ../nbs/33_shrink.ipynb #dda96b97
@@ -382,6 +382,9 @@ class _Shrinker:
         with self.clock('score'):
             self.candidates = _values(self.economy, self.method, self.outputs, self.fit, self.seed)
         self.weights = [copy.deepcopy(s.out_proj.state_dict()) for s in self.economy.sublayers]
+        if self.method != 'repair': return
+        parts = self.fit[::3], self.fit + self.choose  # a third tells candidates apart
+        with self.clock('repair'): self.third, self.all = (RepairTargets(self.economy, part) for part in parts)
 
     def unlikeness(self, batches): # Of texts to those that are looked at
         if self.known is None: self.known = _Known(self.dense, self.fit + self.choose)
@@ -399,14 +402,14 @@ class _Shrinker:
     def error(self, values, budget): # Of a candidate, after a repair, on texts that the repair does not see
         self.start(values, budget)
         with self.clock('repair'):
-            repair(self.economy, self.fit[::3])  # a third of them tells candidates apart
+            repair(self.economy, self.third)
             return compare_outputs(self.work, self.dense, self.outputs, self.choose)['distance']
 
     def bring_to(self, budget): # What was achieved
         if self.method != 'repair': return self.start(self.candidates[0], budget)
         errors = [self.error(v, budget) for v in self.candidates]
         achieved = self.start(self.candidates[errors.index(min(errors))], budget)
-        with self.clock('repair'): repair(self.economy, self.fit + self.choose)
+        with self.clock('repair'): repair(self.economy, self.all)
         return achieved
 
 # %% ../nbs/33_shrink.ipynb #af395499
@@ -459,7 +462,8 @@ def _check_options(budgets, method, samples, batch, multiple):
 def _steps(budgets, method, outputs): # Of the bar
     timed = any(b.unit in ('ms', 'latency') for b in budgets)
     first = 3 + timed + (outputs.head == 'sequence to sequence')  # check, sort, score
-    return first + len(budgets)*(5 if method == 'repair' else 1)  # three candidates and the repair, the report
+    if method != 'repair': return first + len(budgets)  # the report
+    return first + 1 + len(budgets)*5  # targets; three candidates, the repair, the report
 
 def _one_by_one(shrinker, body, budgets, said):
     clock = shrinker.clock
