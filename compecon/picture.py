@@ -88,8 +88,8 @@ def _map_of_kind(who, kind, x, y, width, height): # A row for each layer
     parts = [svg_text(x, y - 8, f'{kind}s: {opened} of {total}')]
     if rows.empty: return parts[0]
     step = min(SQUARE, height/len(rows))
-    for i, layer in enumerate(rows.layer):
-        name = layer.replace('encoder', 'e').replace('decoder', 'd')
+    for i, (layer, again) in enumerate(zip(rows.layer, rows.layer.duplicated())):
+        name = layer.replace('encoder', 'e').replace('decoder', 'c' if again else 'd')  # c: reads the encoder
         parts.append(svg_text(x + 20, y + (i + 0.68)*step, name, 'end', min(11, step)))
     parts.append(svg_agents(rows.agents.tolist(), kind, x + 26, y, width - 40, height))
     return ''.join(parts)

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .agents import example_inputs, find_agents, reorder_neurons
@@ -162,12 +163,15 @@ def check_weights(
     model:nn.Module # A Hugging Face model
     )->nn.Module: # The same
     "The model itself, or `ValueError` saying why it cannot be cut and what to do"
+    if not isinstance(model, nn.Module):
+        raise ValueError(f'model={str(model)[:60]!r}: the model itself is needed, as from `AutoModel.from_pretrained`')
     names = [n for n,_ in model.named_parameters()]
     if has_gates(model): raise ValueError('this model has gates: take them off by `remove_gates(model)`')
     if any('lora_' in n for n in names):
         raise ValueError('this model has LoRA adapters that are not merged: `model = model.merge_and_unload()` first')
     if any(n.endswith('_orig') for n in names):
         raise ValueError('this model has masks of torch.nn.utils.prune: make them permanent by `prune.remove` first')
+    _check_class(model)
     if any(p.device.type == 'meta' for p in model.parameters()):
         raise ValueError('some weights are not in memory (`device_map` or offloading keeps them elsewhere): '
                          'load the model whole')
@@ -183,6 +187,18 @@ def check_weights(
     broken = [name for name,p in model.named_parameters() if not p.isfinite().all()]
     if broken: raise ValueError(f'{broken[0]} has weights that are not finite: this model is broken already')
     return model
+
+_WITHIN = dict(OptimizedModule='_orig_mod', DataParallel='module', DistributedDataParallel='module',
+               FullyShardedDataParallel='module', CrossEncoder='[0].model')
+
+def _check_class(model): # Is it a model of transformers, and not something around one?
+    kind = type(model).__name__
+    if kind in _WITHIN:
+        path = f'.{_WITHIN[kind]}'.replace('.[', '[')
+        raise ValueError(f'this is a {kind} around a model: give the model in it, `model{path}`')
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f'{kind} is no model of transformers: where it has one in it, shrink that one, and put the '
+                         'smaller one in its place')
 
 def _is_plain(module): # Are its weights tensors of floating-point numbers?
     weight = getattr(module, 'weight', None)
