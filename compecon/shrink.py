@@ -346,11 +346,12 @@ def _values(economy, method, outputs, batches, seed): # Candidates of values `(a
     if method == 'fisher': return [fisher]
     costs = economy.prices.costs.to(fisher.device)
     worth, written = (v/(v*costs).sum().clamp_min(1e-30) for v in (fisher, activation(economy, batches)))
-    return [_temper(economy, worth + share*written) for share in (0.03, 0.1, 0.3)]
+    return [_temper(economy, worth + share*written, power) for share, power in _CANDIDATES]
 
-def _temper(economy, values): # Half of what tells sub-layers apart, on a logarithmic scale
-    parts = economy.split(values)
-    return torch.cat([v/v.mean().clamp_min(1e-12).sqrt() for v in parts])
+_CANDIDATES = (0.03, 0.25), (0.1, 0.25), (0.1, 0.5) # Share of activations, and power of a sub-layer's mean
+
+def _temper(economy, values, power): # Less of what tells sub-layers apart
+    return torch.cat([v/v.mean().clamp_min(1e-12)**power for v in economy.split(values)])
 
 def _sort(model, method, outputs, batches, tokens, seed): # Neurons by importance, in place
     economy = Economy(model, tokens, block_size=1)
