@@ -26,6 +26,7 @@ _MODULES = {
     'router': 'ContextualEconomy ContextualMarket',
     'settle': 'SettledConfig save settle',
     'shrink': 'shrink',
+    'trainer': 'EconomyMixin EconomyTrainer',
     'training': 'PricedTraining',
 }
 _WHERE = {name: module for module, names in _MODULES.items() for name in names.split()}

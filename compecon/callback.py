@@ -6,16 +6,22 @@
 __all__ = ['hf_collate', 'HFCallback', 'EconomyCallback', 'plot_history', 'Distill', 'Parallel']
 
 # %% ../nbs/22_callback.ipynb #7c16edb2
+import math
 import random
+import sys
+import warnings
 from collections.abc import Mapping
 from itertools import islice
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.schedule import Learner
+from fastai.callback.schedule import Learner, LRFinder
+from fastai.callback.tracker import TrackerCallback
+from fastai.callback.training import GradientAccumulation
 from fastai.learner import ValueMetric
 from fastai.torch_core import apply
 from torch import nn
@@ -24,40 +30,63 @@ from torch.nn.utils.rnn import pad_sequence
 from .core import Budget, hf_model, mean_tokens, model_inputs, rank_and_world_size
 from .distill import Distillation, HiddenStates, TeacherCache
 from .economy import Economy
-from .gates import Gate
+from .gates import Gate, model_gates
 from .market import Market, MeasuredMarket
-from .settle import settle
-from .training import PricedTraining
+from .training import NOT_TRAINED, PricedTraining
 
 # %% ../nbs/22_callback.ipynb #576f5666
+_LABELS = ('labels',), ('start_positions', 'end_positions')
+
 def hf_collate(
-    samples:list[tuple[Mapping,object]], # Pairs of a tokenised text (with its number `idx`, if wanted) and a label
-    pad_id:int=0 # Token that fills up `input_ids`; all else is filled with 0
-    )->tuple[dict[str,torch.Tensor],torch.Tensor]: # Padded inputs `(batch, longest)`, and labels `(batch,)`
-    "One batch for `HFCallback` from samples of different lengths; raises `ValueError` without samples"
+    samples:list[tuple[Mapping,object]|Mapping], # Pairs of a tokenised text (with its number `idx`, if wanted) and a
+                                                 # label, or labels of its tokens; or dictionaries with the labels
+    pad_id:int=0 # Token that fills up `input_ids`; all else is filled with 0, and labels of tokens with -100
+    )->tuple[dict[str,torch.Tensor],torch.Tensor]: # Padded inputs `(batch, longest)`, and labels `(batch, ...)`
+    "One batch for `HFCallback` from samples of different lengths; raises `ValueError` without samples or labels"
     if not samples: raise ValueError('an empty batch cannot be collated')
-    xs, ys = zip(*samples)
-    def column(k):
-        values = [torch.as_tensor(x[k]) for x in xs]
-        if values[0].ndim == 0: return torch.stack(values)
-        return pad_sequence(values, True, pad_id if k == 'input_ids' else 0)
-    return {k: column(k) for k in xs[0]}, torch.as_tensor(ys)
+    xs, ys = zip(*map(_split_labels, samples))
+    return {k: _pad([x[k] for x in xs], pad_id if k == 'input_ids' else 0) for k in xs[0]}, _pad(ys, -100)
+
+def _pad(values, fill):
+    values = [torch.as_tensor(v) for v in values]
+    return torch.stack(values) if values[0].ndim == 0 else pad_sequence(values, True, fill)
+
+def _split_labels(sample): # Inputs and label
+    if not isinstance(sample, Mapping): return sample
+    names = next((names for names in _LABELS if all(n in sample for n in names)), None)
+    if names is None:
+        raise ValueError(f'a sample has no `labels`, but {", ".join(sample)}: give pairs `(inputs, label)`')
+    y = torch.stack([torch.as_tensor(sample[n]) for n in names]) if len(names) > 1 else sample[names[0]]
+    return {k: v for k,v in sample.items() if k not in names}, y
 
 # %% ../nbs/22_callback.ipynb #cd20c633
 def _unpack(module, args, kwargs):
     if len(args) == 1 and isinstance(args[0], Mapping): return (), {**model_inputs(args[0]), **kwargs}
 
+def _logits(out): # Of a head; start and end of an answer side by side, `(batch, tokens, 2)`
+    if isinstance(out, torch.Tensor): return out
+    if hasattr(out, 'start_logits'): return torch.stack([out.start_logits, out.end_logits], -1)
+    return out.logits
+
 class HFCallback(Callback):
     "Lets a Learner train a Hugging Face model on batches of `(dict, labels)`; predictions are its logits"
-    def before_batch(self): self._handle = self.model.register_forward_pre_hook(_unpack, with_kwargs=True)
+    def before_batch(self):
+        model = hf_model(self.model)
+        before = model.register_forward_pre_hook(_unpack, with_kwargs=True, prepend=True)
+        def watch(module, args, out):
+            if out is None: before.remove()  # of a pass that failed
+            elif before.id not in module._forward_pre_hooks: after.remove()
+        after = model.register_forward_hook(watch, always_call=True)
+        self._handles = before, after
+
     def after_pred(self):
-        self._handle.remove()
-        self.learn.pred = self.pred.logits
+        for h in self._handles: h.remove()
+        self.learn.model_output, self.learn.pred = self.pred, _logits(self.pred)
 
 # %% ../nbs/22_callback.ipynb #419bd327
 class EconomyCallback(Callback):
     "Train a model down to a budget of compute, and record price and spend"
-    order, run_valid, name = MixedPrecision.order + 2, False, 'economy_callback'
+    order, run_valid, name = GradientAccumulation.order - 1, False, 'economy_callback'
     def __init__(self,
         market:Market|float|str|Budget, # A budget, as a share of the dense model's FLOPs (MeasuredMarket), or a market
         economy:Economy|None=None, # The economy; made from the Learner's model if `None`
@@ -68,7 +97,7 @@ class EconomyCallback(Callback):
         gate:Gate|None=None # How agents open and close; an AnnealedGate if `None`
         ):
         self.market = market if isinstance(market, Market) else MeasuredMarket(market)
-        self.priced, self._columns = None, []
+        self.priced, self._columns, self._trains, self._frozen = None, [], False, False
         self.bid_lr, self.measure = bid_lr, measure
         self.economy, self.tokens, self.block_size, self.gate = economy, tokens, block_size, gate
 
@@ -80,18 +109,29 @@ class EconomyCallback(Callback):
         if self.priced: self.priced.economy = economy
 
     @property
-    def history(self): # A row for each batch, see PricedTraining
+    def history(self): # A row for each step, see PricedTraining
         return self.priced.history if self.priced else []
 
     def before_fit(self):
+        self._remove_columns()  # of a fit that was interrupted
+        if self.economy is not None: _check_economy(self.economy, self.model)
+        finds = any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
+        self._trains = _fit_begins() and not finds
+        if finds and self.economy and not self.economy.gate.hard: self.economy.price = 0  # it sees the dense model
+        if self._trains: self._start()
+
+    def _start(self):
         if self.economy is None: self.economy = self._make_economy()
         average = _average_of(self.learn)
-        if average and self.economy.bids.ndim > 1:
+        if rank_and_world_size()[1] > 1 and self.economy.bids.ndim > 1:
             raise ValueError(f'a {type(self.economy).__name__}, whose agents open for each sequence, '
                              'is trained by one process: its price depends on whole batches')
+        if self.priced and self.priced.closed and not self._frozen:
+            warnings.warn('this fit opens all agents again and prunes anew: to train those that are open now, call '
+                          '`freeze()` of this callback first')
         before = self.history
         self.priced = PricedTraining(self.market, self.economy, self.bid_lr, self.measure, average)
-        self.priced.history = before
+        self.priced.history, self.priced.frozen = before, self._frozen
         self.priced.start()
         self._columns = [ValueMetric(lambda k=k: self._latest(k), k) for k in ('price', 'spend', 'open')]
         self.learn.metrics = [*self.metrics, *self._columns]
@@ -103,36 +143,63 @@ class EconomyCallback(Callback):
 
     def _latest(self, key): return self.history[-1][key] if self.history else float('nan')
 
-    def before_batch(self): self.priced.before_forward(self.pct_train)
-    def after_loss(self): self._loss = self.learn.loss_grad = self.priced.loss(self.learn.loss_grad)
-    def after_backward(self): # `loss_grad` has been scaled by mixed precision since `after_loss`
-        scale = self.learn.loss_grad.detach()/self._loss.detach() if self._loss else 1.
-        self.priced.after_backward(scale)
-    def after_batch(self): self.priced.record()
-    def after_fit(self): self.learn.metrics = [m for m in self.metrics if m not in self._columns]
+    def _remove_columns(self):
+        self.learn.metrics = [m for m in self.metrics if not any(m is c for c in self._columns)]
+
+    def before_batch(self):
+        if self._trains: self.priced.before_forward(self.pct_train)
+    def after_loss(self):
+        if self._trains: self.learn.loss_grad = self.priced.loss(self.learn.loss_grad)
+    def after_step(self):
+        if not self._trains: return
+        self.priced.after_backward(_loss_scale(self.learn))
+        self.priced.record()
+    def after_epoch(self):
+        if self._trains and self.market.final and not self.priced.closed: _forget_best(self.learn.cbs)
+    def after_fit(self):
+        self._remove_columns()
+        self._trains = False
+
+    def freeze(self):
+        "Keep the open set in the fits that follow; raises `ValueError` if there is none that is final"
+        self._trained().check_closed()
+        self._frozen = True
 
     def settle(self,
-        budget:float|str|Budget|None=None, # Cleared first; what training ended at if `None`
+        budget:float|str|Budget|None=None, # As for PricedTraining.settle
         **kwargs # Of compecon.settle.settle: `multiple`, `in_place`, `backend`
         )->nn.Module: # A smaller model of the same class
         "The smaller model; raises `ValueError` before training, and where training ended at no one budget"
-        if self.economy is None:
-            raise ValueError('there is nothing to settle yet: fit the Learner with this callback first')
-        if budget is not None: self.economy.clear(budget)
-        elif not (self.priced and self.priced.closed): raise ValueError(self._why_open())
-        return settle(self.economy, **kwargs)
+        return self._trained().settle(budget, **kwargs)
 
-    def _why_open(self): # Why there is no one open set
-        if not self.history: return 'there is nothing to settle yet: fit the Learner with this callback first'
-        market, pct = self.priced.market, self.history[-1]['pct']
-        if not market.final: why = f'{type(market).__name__} trains for many budgets and ends at none'
-        else: why = f'training stopped at {pct:.0%}, before the market closes at {market.close:.0%}'
-        return f'{why}: say which budget is wanted, as in `settle(0.4)`'
+    def _trained(self):
+        if self.priced is None: raise ValueError(NOT_TRAINED)
+        return self.priced
 
 # %% ../nbs/22_callback.ipynb #d87b31b4
+def _fit_begins(): # Does `before_fit` come from `fit`? fastai calls it in `validate` and `get_preds` as well
+    frame, known = sys._getframe(1), (Learner._with_events.__code__, Learner.__enter__.__code__)
+    while frame and frame.f_code not in known: frame = frame.f_back
+    return frame is not None and frame.f_code is known[0]
+
+def _check_economy(economy, model):
+    if economy.model is not hf_model(model):
+        raise ValueError('this callback belongs to another model: make a new EconomyCallback for this one')
+    if model_gates(economy.model) is not economy.gates:
+        raise ValueError('the gates of this callback have been taken off its model, as `settle(in_place=True)` and '
+                         '`remove()` do: train without the callback, or make a new one')
+
 def _average_of(learn:Learner): # How means over several processes are made, if there are several
     parallel = getattr(learn, 'parallel', None)
     return parallel.all_reduce_mean if parallel else None
+
+def _loss_scale(learn): # By which mixed precision multiplies the loss
+    mixed = any(isinstance(cb, MixedPrecision) for cb in learn.cbs)
+    return learn.scaler.get_scale() if mixed else 1.
+
+def _forget_best(cbs): # What is best is chosen among models of the same budget: from the market's close on
+    for cb in cbs:
+        if isinstance(cb, TrackerCallback): cb.best = math.inf if cb.comp is np.less else -math.inf
 
 def _loader_tokens(dl, batches=16): # Mean length in the first batches; what a run draws at random stays what it was
     rng, usual = getattr(dl, 'rng', None), random.getstate()
@@ -166,7 +233,7 @@ def plot_history(
 # %% ../nbs/22_callback.ipynb #9b09fd0c
 class Distill(Callback):
     "Let a teacher take part in the loss, in training only; raises `ValueError` for weights that are out of range"
-    order, run_valid = MixedPrecision.order + 1, False
+    order, run_valid = EconomyCallback.order - 1, False
     def __init__(self,
         teacher:nn.Module|TeacherCache, # The dense model, or its answers
         share:float=0.5, # Of its logits in the loss, in [0, 1]
@@ -175,6 +242,11 @@ class Distill(Callback):
         ):
         self.distillation, self._watch = Distillation(teacher, share, temperature, hidden), None
 
+    def before_fit(self):
+        teacher = self.distillation.teacher
+        if isinstance(teacher, nn.Module) and hf_model(teacher) is hf_model(self.model):
+            raise ValueError('the teacher is the model that trains: give a copy, as `copy.deepcopy(model)`')
+
     def before_batch(self):
         if self.distillation.hidden: self._watch = HiddenStates(hf_model(self.model))
     def after_pred(self):
@@ -182,19 +254,20 @@ class Distill(Callback):
     def after_loss(self):
         states = self._watch.latest if self._watch else None
         average = _average_of(self.learn)
-        self.learn.loss_grad = self.distillation.loss(self.learn.loss_grad, self.pred, self.xb[0], states, average)
+        out = getattr(self.learn, 'model_output', self.pred)
+        self.learn.loss_grad = self.distillation.loss(self.learn.loss_grad, out, self.xb[0], states, average)
 
 # %% ../nbs/22_callback.ipynb #db5a6f25
 class Parallel(Callback):
     "Trains on this process's part of every batch and steps as one would; raises `ValueError` if models differ in shape"
     order, run_valid = MixedPrecision.order - 1, False
     def before_fit(self):
-        state, shapes = self.model.state_dict(), [None]*rank_and_world_size()[1]
-        dist.all_gather_object(shapes, [tuple(t.shape) for t in state.values()])
+        state, shapes = [*self.model.parameters(), *self.model.buffers()], [None]*rank_and_world_size()[1]
+        dist.all_gather_object(shapes, [tuple(t.shape) for t in state])
         if any(s != shapes[0] for s in shapes):
             raise ValueError('the processes have models of different shapes: '
                              'they must find the same agents before they train together')
-        for t in state.values(): dist.broadcast(t, 0)
+        for t in state: dist.broadcast(t.detach(), 0)
 
     def before_batch(self):
         (rank, n), rows = rank_and_world_size(), len(self.yb[0])

@@ -102,7 +102,7 @@ def has_gates(
     model:nn.Module # Any module
     )->bool: # Is there a gate on it, or in it?
     "Does a model have gates?"
-    return any(getattr(h, 'is_gate', False) for m in model.modules() for h in m._forward_pre_hooks.values())
+    return any(getattr(m, 'is_gate', False) for m in model.modules())
 
 # %% ../nbs/01_core.ipynb #c40c3b5a
 def device_name(

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from .agents import find_agents
-from .core import Budget, flops_share, has_gates
+from .core import Budget, flops_share
 from .cost import check_price, price_list
 from .curves import CostCurves, best_counts, flops_curves, params_curves
-from .gates import AnnealedGate, Gate, attach_gate
+from .gates import AnnealedGate, Gate, attach_gates, remove_gates
 
 # %% ../nbs/10_economy.ipynb #225e6723
 class GatedModel:
@@ -28,37 +28,30 @@ class GatedModel:
         gate:Gate|None=None # How agents open and close; an AnnealedGate if `None`
         ):
         self.sublayers = find_agents(model, block_size)
-        if has_gates(model):
-            raise ValueError('this model has gates already: `remove_gates(model)` takes them off, '
-                             "and so does the `remove()` of the economy that they belong to")
-        self.model, self.block_size, self.gate = model, block_size, gate or AnnealedGate()
-        device = next(model.parameters()).device
-        self.log_values = nn.Parameter(torch.zeros(sum(s.n for s in self.sublayers), device=device))
-        self.log_price = torch.tensor(-math.inf, device=device)
-        self.shares = None # Open shares in the latest forward pass
-        self.forced = None # Shares to use in place of the gates'
-        self._handles = self._attach()
-
-    def _attach(self): # Shares are decided as a pass begins; each sub-layer's gate takes its piece
-        def decide(*_): self._decide()
-        decide.is_gate = True
-        entries = [self.model]
-        if self.model.config.is_encoder_decoder: entries.append(self.model.get_encoder())  # `generate` calls it alone
-        handles = [m.register_forward_pre_hook(decide) for m in entries]
-        return handles + [attach_gate(s, lambda i=i: self._pieces[i]) for i,s in enumerate(self.sublayers)]
-
-    def _decide(self):
-        self.gate.train(self.model.training)
-        self.shares = self.gate(self.logits) if self.forced is None else self.forced
-        if torch.is_grad_enabled():
-            if self.shares.requires_grad: self.shares.retain_grad()
-            else: self.shares.requires_grad_()
-        self._pieces = self.split(self.shares)
+        self.model, self.block_size = model, block_size
+        self.gates = attach_gates(model, self.sublayers, gate or AnnealedGate())
 
     @property
-    def logits(self): return self.log_values - self.log_price
+    def gate(self): return self.gates.gate
+    @gate.setter
+    def gate(self, gate): self.gates.gate = gate.train(self.gates.training)
+    @property
+    def log_values(self): return self.gates.log_values # `(agents,)`
+    @property
+    def bids(self): return self.gates.bids # What the price is compared with
+    @property
+    def logits(self): return self.gates.logits
     @property
     def open(self): return self.logits.detach() > 0 # `(agents,)` of bool
+    @property
+    def shares(self): return self.gates.shares().detach() # Open shares as they are now, `(agents,)`
+    @property
+    def log_price(self): return self.gates.log_price # `(agents,)`, where sub-layers have prices of their own
+    @log_price.setter
+    def log_price(self, log_price):
+        self.gates.log_price.copy_(log_price)
+        self.gates.price_slope = None
+
     def __len__(self): return len(self.log_values)
     def parameters(self): return [self.log_values] # What values are learned by
     def split(self, x): return x.split([s.n for s in self.sublayers], -1) # One piece for each sub-layer
@@ -68,13 +61,17 @@ class GatedModel:
         shares:torch.Tensor # Open shares, `(agents,)`, or `(batch, agents)` with a row for each sequence
         ):
         "Within the context, these shares take the place of the gates'"
-        self.forced = shares
+        self.gates.forced = shares
         try: yield
-        finally: self.forced = None
+        finally: self.gates.forced = None
+
+    def zero_grad(self):
+        "Forget the gradients of backward passes so far; until then they add up"
+        self.log_values.grad = self.gates.probe.grad = None
 
     def remove(self):
         "Take the gates off the model"
-        while self._handles: self._handles.pop().remove()
+        if self.model._modules.get('compecon') is self.gates: remove_gates(self.model)
 
 # %% ../nbs/10_economy.ipynb #ca6a4d07
 class Economy(GatedModel):
@@ -107,9 +104,6 @@ class Economy(GatedModel):
         values = values.to(self.log_values)
         if not ((values >= 0) & values.isfinite()).all(): raise ValueError('values must be finite and at least 0')
         self.log_values.data = values.clamp_min(1e-30).log()
-
-    @property
-    def bids(self): return self.log_values # What the price is compared with, `(agents,)`
 
     def demand(self,
         price:float # Loss per whole model of compute
@@ -241,9 +235,7 @@ def layer_table(
 def marginal_values(
     economy:Economy # After a backward pass through its model
     )->torch.Tensor: # `(agents,)`: |dL/dz| per share of the whole model's compute
-    "Marginal value of every agent's compute in the latest batch; raises `ValueError` if there was no backward pass"
-    if economy.shares is None or economy.shares.grad is None:
-        raise ValueError('no marginal values before a backward pass through the model')
-    g = economy.shares.grad
-    if g.ndim == 2: g = g.sum(0)
+    "Marginal value of every agent's compute since `zero_grad`; raises `ValueError` if there was no backward pass"
+    g = economy.gates.probe.grad
+    if g is None: raise ValueError('no marginal values before a backward pass through the model')
     return g.abs()/economy.prices.costs.to(g.device)

@@ -46,8 +46,7 @@ def _input_energies(economy, batches, opened): # For each sub-layer `(features,)
         energies[i] += x.float().square().flatten(0, -2).sum(0)
     handles = [s.out_proj.register_forward_pre_hook(partial(record, i)) for i,s in enumerate(economy.sublayers)]
     try:
-        # one row of shares, as if for each sequence: gates then scale what is read, and not the weights
-        with torch.no_grad(), evaluating(economy.model), economy.forcing(opened[None]):
+        with torch.no_grad(), evaluating(economy.model), economy.forcing(opened):
             for batch in batches:
                 inputs = model_inputs(batch, device)
                 mask, seen = inputs.get('attention_mask'), seen + 1
@@ -55,7 +54,8 @@ def _input_energies(economy, batches, opened): # For each sub-layer `(features,)
     finally:
         for h in handles: h.remove()
     if not seen: raise ValueError('a value by activations needs at least one batch')
-    return energies
+    factors = [z.repeat_interleave(s.width) for s,z in zip(economy.sublayers, economy.split(opened))]
+    return [e*z.square() for e,z in zip(energies, factors)]  # what is read after the gate
 
 # %% ../nbs/30_importance.ipynb #a2621fa4
 def _per_compute(economy, importance): # `(agents,)`: importance per whole model of compute

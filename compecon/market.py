@@ -42,6 +42,7 @@ class Market:
     memory = 0. # Of the running mean of measured values, for each batch; 0 measures in warm-up only
     learned = False # Do values begin as logits at `gate.start`, and are they learned at a price of 1?
     final = True # Is one open set left when training ends?
+    state = () # Names of attributes that change in training
 
     def __init__(self,
         warmup:float, # Share of training with everything open
@@ -63,6 +64,16 @@ class Market:
         )->torch.Tensor: # What is minimised, a scalar
         "The loss with what compute costs; as it is, where the budget is kept by other means"
         return loss
+
+    def state_dict(self)->dict: # Numbers and tensors, by name
+        "What a run needs to be resumed"
+        return {name: getattr(self, name) for name in self.state}
+
+    def load_state_dict(self,
+        state:dict # From state_dict
+        ):
+        "Be as it was then"
+        for name in self.state: setattr(self, name, state[name])
 
 def _training_share(budget): return flops_share(budget, who='while a model trains,')
 
@@ -91,6 +102,7 @@ def _expected_spend(economy): return economy.prices.spend(economy.gate.expected(
 # %% ../nbs/20_market.ipynb #aaa17a68
 class DualAscent(Market):
     "A budget kept by raising the price while too much is spent (Lagrangian dual ascent)"
+    state = 'now',
     def __init__(self,
         budget:float|str, # Final budget, as a share of the whole model's FLOPs
         rate:float=0.1, # How fast the price moves: share of the median value, per step and unit of overspending
@@ -127,7 +139,7 @@ def clear_softly(
     if bids.requires_grad:
         with torch.enable_grad(): spent = spend(root)
         slope, = torch.autograd.grad(spent, bids, retain_graph=True)
-        if slope.sum() > 0: economy.log_price = root + (spent - spent.detach())/slope.sum()
+        if slope.sum() > 0: economy.gates.price_slope = slope/slope.sum()
     return economy.price
 
 def _bisect(too_low, low, high, steps=50): # The lowest number that is not too low
@@ -161,7 +173,7 @@ class ClearedMarket(Market):
 # %% ../nbs/20_market.ipynb #724c4091
 class AugmentedLagrangian(Market):
     "A budget kept by a multiplier that grows with overspending, and by a quadratic charge (as in CoFi, and in DDP)"
-    learned = True
+    learned, state = True, ('multiplier', 'target')
 
     def __init__(self,
         budget:float|str, # Final budget, as a share of the whole model's FLOPs
@@ -175,7 +187,7 @@ class AugmentedLagrangian(Market):
         self.budget, self.rate, self.weight = _training_share(budget), rate, weight
         self.schedule = anneal(1, self.budget, warmup, close)
         self.temperature = anneal(*temperature, warmup, close)
-        self.multiplier = 0. # Loss per whole model of compute
+        self.multiplier, self.target = 0., None # Loss per whole model of compute; spend that is wanted now
 
     def update(self, economy, pct):
         "Set the gates for the next batch; at the close, factors of a ReLUGate become part of the weights"
@@ -185,12 +197,13 @@ class AugmentedLagrangian(Market):
         self.target = self.schedule(pct) if pct >= self.warmup else None
         economy.price, economy.gate.hard = 1., False
         if hasattr(economy.gate, 'temperature'): economy.gate.temperature = self.temperature(pct)
+        if self.target is None: return
+        with torch.no_grad(): self.multiplier += self.rate*(_expected_spend(economy).item() - self.target)
 
     def charge(self, loss, economy):
-        "Add multiplier times overspending and the quadratic charge; raise the multiplier"
+        "Add multiplier times overspending and the quadratic charge"
         if economy.gate.hard or self.target is None: return loss
         over = _expected_spend(economy) - self.target
-        self.multiplier += self.rate*over.item()
         return loss + self.multiplier*over + self.weight*over.square()
 
 def fold_gates(
@@ -243,6 +256,15 @@ class SampledBudgets(MeasuredMarket):
         if not self.budget < self.largest:
             raise ValueError(f'largest={self.largest} must be above smallest={self.budget}')
         self.needed = None # `(agents,)`: the last budget at which each agent was open, until the order is fixed
+
+    def state_dict(self):
+        "Draws of budgets among it"
+        return dict(batches=self.batches, needed=self.needed, rng=self.rng.getstate())
+
+    def load_state_dict(self, state):
+        "Be as it was then"
+        self.batches, self.needed = state['batches'], state['needed']
+        self.rng.setstate(state['rng'])
 
     def draw(self # In turns: one drawn uniformly in the logarithm, the largest, the smallest
         )->float: # Budget, as a share of the whole model's FLOPs

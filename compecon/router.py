@@ -86,7 +86,6 @@ def _offsets(model, args, kwargs): # What the router of a model says of the argu
 # %% ../nbs/44_router.ipynb #4ba39766
 class _Routed(Economy):
     "An economy that puts a router on its model"
-    offsets = 0. # Of the latest sequences, `(batch, agents)`
     def __init__(self, model, tokens, block_size, gate, **router):
         if hasattr(model, 'router'): raise ValueError(f'this {type(model).__name__} has a router already')
         if model.can_generate() and not model.config.is_encoder_decoder:
@@ -98,23 +97,24 @@ class _Routed(Economy):
         share = model.router.flops/self.prices.total
         self.prices = replace(self.prices, fixed=self.prices.fixed + share, gone=self.prices.gone - share)
         self.offsets = torch.zeros(1, len(self), device=device)
-        def read(module, args, kwargs): self.offsets = _offsets(module, args, kwargs)
-        read.is_gate = True
-        self._handles.append(model.register_forward_pre_hook(read, prepend=True, with_kwargs=True))
+        model.register_forward_pre_hook(_Read(self), prepend=True, with_kwargs=True)
 
+    @property
+    def offsets(self): return self.gates.offsets # Of the latest sequences, `(batch, agents)`
+    @offsets.setter
+    def offsets(self, offsets): self.gates.offsets, self.gates.price_slope = offsets, None
     def parameters(self): return [self.log_values, *self.model.router.parameters()]
+    def before_pass(self, offsets): self.offsets = offsets # As a pass begins
     def read(self, inputs): return _offsets(self.model, (), inputs) # Offsets of each sequence, `(batch, agents)`
     def remove(self):
-        if self._handles: del self.model.router
+        if self.model._modules.get('compecon') is self.gates: del self.model.router
         super().remove()
 
-    def state_dict(self): # Of everything, the model's own weights and the router's among them
-        return dict(model=self.model.state_dict(), log_values=self.log_values.detach(),
-                    log_price=self.log_price.detach(), hard=self.gate.hard)
-    def load_state_dict(self, state):
-        self.model.load_state_dict(state['model'])
-        self.log_values.data, self.gate.hard = state['log_values'].to(self.log_values), state['hard']
-        self.log_price = state['log_price'].to(self.log_values)
+class _Read:
+    "As a pass begins, a router reads its sequences"
+    is_gate = True
+    def __init__(self, economy): self.economy = economy
+    def __call__(self, model, args, kwargs): self.economy.before_pass(_offsets(model, args, kwargs))
 
 # %% ../nbs/44_router.ipynb #aae0f486
 class ContextualEconomy(_Routed):
@@ -129,14 +129,10 @@ class ContextualEconomy(_Routed):
         ):
         super().__init__(model, tokens, block_size, gate, **router)
 
-    def _decide(self):
-        if self.clearing and self.model.training and self.forced is None: self.clearing(self)
-        super()._decide()
+    def before_pass(self, offsets):
+        super().before_pass(offsets)
+        if self.clearing and self.model.training and self.gates.forced is None: self.clearing(self)
 
-    @property
-    def bids(self): return self.log_values + self.offsets # Of the latest sequences, `(batch, agents)`
-    @property
-    def logits(self): return self.bids - self.log_price
     def demand(self, price): # `(batch, agents)` of bool
         return self.bids.detach() > torch.tensor(check_price(price), device=self.log_values.device).log()
     def spends(self, opened=None): # Of each sequence, `(batch,)`

@@ -355,8 +355,7 @@ def _train_family(bench):
 def _keep_family(family, file):
     file.parent.mkdir(parents=True, exist_ok=True)
     part, economy = file.with_suffix('.part'), family.economy
-    torch.save(dict(model=economy.model.state_dict(), log_values=economy.log_values.data,
-                    seconds=family.seconds, flops=family.flops), part)
+    torch.save(dict(model=economy.model.state_dict(), seconds=family.seconds, flops=family.flops), part)
     part.replace(file)
 
 def _read_family(bench, file):
@@ -364,7 +363,6 @@ def _read_family(bench, file):
     model = freeze_embeddings(copy.deepcopy(bench.dense))
     economy = Economy(model, tokens=bench.tokens, block_size=bench.plan.block_size)
     economy.model.load_state_dict(kept['model'])
-    economy.log_values.data = kept['log_values'].to(economy.log_values.device)
     return Family(economy, kept['seconds'], kept['flops'])
 
 # %% ../../nbs/53b_bench.ipynb #5b0e9f42

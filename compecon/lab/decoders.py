@@ -239,9 +239,9 @@ class _TextTraining(_TextChoosing):
             economy.clear(self.budget(share))
             opened.append(economy.open.float())
         steps, rng = self.plan.steps*len(opened), random.Random(self.seed)
-        def before(_): economy.forced = rng.choice(opened)
+        def before(_): economy.gates.forced = rng.choice(opened)
         self.train(economy.model, steps, 3000, before)
-        economy.forced = None
+        economy.gates.forced = None
         return self.look_flops(1 + 1/3) + 4*steps*self.plan.batch*self.dense_flops
 
     def family_file(self):
