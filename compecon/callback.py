@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,7 @@ from fastai.torch_core import apply
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from .checkpoint import save_family
 from .core import Budget, hf_model, mean_tokens, model_inputs, rank_and_world_size
 from .distill import Distillation, HiddenStates, TeacherCache
 from .economy import Economy
@@ -171,6 +173,13 @@ class EconomyCallback(Callback):
         )->nn.Module: # A smaller model of the same class
         "The smaller model; raises `ValueError` before training, and where training ended at no one budget"
         return self._trained().settle(budget, **kwargs)
+
+    def save_family(self,
+        folder:str|Path, # Where; replaced if it exists
+        tokenizer=None # Saved along if given
+        )->Path: # The folder
+        "Write one checkpoint for all budgets, see compecon.checkpoint.save_family; raises `ValueError` before training"
+        return save_family(self._trained().economy, folder, tokenizer)
 
     def _trained(self):
         if self.priced is None: raise ValueError(NOT_TRAINED)

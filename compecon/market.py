@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['anneal', 'Market', 'PostedPrice', 'DualAscent', 'clear_softly', 'ClearedMarket', 'AugmentedLagrangian', 'fold_gates',
-           'MeasuredMarket', 'SampledBudgets']
+           'MeasuredMarket', 'AnyBudget']
 
 # %% ../nbs/20_market.ipynb #76f8e3f9
 import math
@@ -240,7 +240,7 @@ class MeasuredMarket(Market):
         economy.clear(self.schedule(pct))
 
 # %% ../nbs/20_market.ipynb #e2738f23
-class SampledBudgets(MeasuredMarket):
+class AnyBudget(MeasuredMarket):
     "First a measured market down to the smallest budget, then training at many budgets of one nested family"
     final = False
 

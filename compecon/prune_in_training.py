@@ -14,7 +14,7 @@ from torch import nn
 
 from .callback import EconomyCallback
 from .economy import Economy
-from .market import SampledBudgets
+from .market import AnyBudget
 from .settle import keep_agents, settle
 
 # %% ../nbs/24_prune_in_training.ipynb #43f45c79
@@ -77,8 +77,8 @@ class PruneInTraining(Callback):
     def before_fit(self):
         if not hasattr(self.learn, EconomyCallback.name):
             raise ValueError('`PruneInTraining` needs an `EconomyCallback` beside it')
-        if isinstance(self.learn.economy_callback.market, SampledBudgets):
-            raise ValueError('`PruneInTraining` cannot be used with `SampledBudgets`: its agents open again')
+        if isinstance(self.learn.economy_callback.market, AnyBudget):
+            raise ValueError('`PruneInTraining` cannot be used with `AnyBudget`: its agents open again')
         self.done = False
     def before_batch(self):
         cb = self.learn.economy_callback

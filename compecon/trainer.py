@@ -9,11 +9,13 @@ __all__ = ['EconomyMixin', 'EconomyTrainer']
 import warnings
 from contextlib import nullcontext
 from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from .checkpoint import save_family
 from .core import Budget, evaluating, hf_model, mean_tokens
 from .distill import Distillation, HiddenStates
 from .economy import Economy
@@ -147,6 +149,14 @@ class EconomyMixin:
         "The smaller model; raises `ValueError` before training, and where training ended at no one budget"
         if self.priced is None: raise ValueError(NOT_TRAINED)
         return self.priced.settle(budget, **kwargs)
+
+    def save_family(self,
+        folder:str|Path, # Where; replaced if it exists
+        tokenizer=None # Saved along if given
+        )->Path: # The folder
+        "Write one checkpoint for all budgets, see compecon.checkpoint.save_family; raises `ValueError` before training"
+        if self.priced is None: raise ValueError(NOT_TRAINED)
+        return save_family(self.economy, folder, tokenizer or self.processing_class)
 
 class EconomyTrainer(EconomyMixin, Trainer):
     "`Trainer` that trains a model down to a budget of compute"

@@ -35,7 +35,7 @@ from .bench import (ANY_BUDGET, HALVING, Bench, RunLog, halving_candidates, mode
 from .finetune import MINILM, evaluate_all, finetune, load_dense, predict
 from .glue import GLUE, length_sorted, load_glue, tokenize
 from .records import read_runs
-from ..market import AugmentedLagrangian, ClearedMarket, MeasuredMarket, SampledBudgets
+from ..market import AugmentedLagrangian, ClearedMarket, MeasuredMarket, AnyBudget
 from ..methods import METHODS
 from ..settle import save
 
@@ -203,7 +203,7 @@ class _TaskTraining(_TaskBench):
         self.train(economy.model, epochs, 1000 + self.seed, EconomyCallback(market, economy))
         return 3*self.total*epochs*len(self.samples['train'])
     def train_shares(self, economy):
-        market, epochs = SampledBudgets(self.plan.smallest, seed=self.seed), self.plan.epochs
+        market, epochs = AnyBudget(self.plan.smallest, seed=self.seed), self.plan.epochs
         self.train(economy.model, epochs, 3000 + self.seed, EconomyCallback(market, economy))
         return 3*self.total*epochs*len(self.samples['train'])
     def recover(self, model, method, budget):
