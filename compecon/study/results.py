@@ -92,6 +92,14 @@ _CLAIMED = [
            'python experiments/faithfulness.py --data DATA --task stsb,cola')]
 
 _REPLACED = [
+    Source('shrink-half-power.jsonl', 'and with the square root of a sub-layer\'s mean taken out of every value?', _all(
+        f'{_SHRINK} --methods repair --only headlines,images,answers-forums',
+        f'{_SHRINK} --methods repair --budgets 0.4 --without headlines,images',
+        f'{_SHRINK} --task stsb --methods repair', f'{_SHRINK} --task cola --methods repair',
+        f'{_SHRINK} --task mnli --methods repair --budgets 0.6,0.4 --seeds 1',
+        f'{_SHRINK} --task minilm-l3 --methods repair --budgets 0.6,0.4',
+        f'{_SHRINK} --task wikitext --methods repair --budgets 0.8 --seeds 1'),
+        '9180370 to 901c9e8'),
     Source('shrink-plain-values.jsonl', 'what did `shrink` keep when values counted fully between sub-layers?', _all(
         f'{_SHRINK} --task stsb --methods repair,fisher,activation,magnitude,random',
         f'{_SHRINK} --task stsb --methods repair,fisher --without headlines,images,answers-forums'),
