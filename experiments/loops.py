@@ -3,12 +3,12 @@
 Run:  python experiments/loops.py --data ../shared/data [--tasks stsb,cola,mnli] [--budgets 0.4] [--seeds 3]
           [--methods trainer,fastai]
 
-`trainer` is EconomyTrainer, `fastai` a Learner with EconomyCallback and Distill. Two epochs of 32 samples in the loop's
-own random order, AdamW without weight decay, a rate that rises for a tenth of the steps and falls to 0, a MeasuredMarket
-and the dense model as a teacher. The settled model is scored on the halves of the validation part that benchmarks/shrink.py
-tells apart: `validation`, and `third`, which no choice has seen. Dense models and their records are those of
-benchmarks/shrink.py, in OUT (results/shrink), made if they are not there: one for all seeds, which are those of training.
-Every run leaves its two lines in RECORDS as soon as it ends; run again, the script resumes.
+`trainer` is EconomyTrainer, `fastai` a Learner with EconomyCallback and Distill. Two epochs of 32 samples in the
+loop's own random order, AdamW without weight decay, a rate that rises for a tenth of the steps and falls to 0, a
+MeasuredMarket and the dense model as a teacher. The settled model is scored on the halves of the validation part that
+benchmarks/shrink.py tells apart: `validation`, and `third`, which no choice has seen. Dense models and their records are
+those of benchmarks/shrink.py, in OUT (results/shrink), made if they are not there: one for all seeds, which are those
+of training. Every run leaves its two lines in RECORDS as soon as it ends; run again, the script resumes.
 
 A quick test: --samples 256 --out FOLDER --records FOLDER/loops.jsonl.
 """
@@ -95,8 +95,9 @@ def run(bench, method, budget, seed, args):
     (metric, found), (_, dense) = scores(bench, small), scores(bench, bench.dense)
     achieved = bench.flops(small)/bench.flops(bench.dense)
     for split, number in found.items():
-        append_line(dict(model=args.plan.model, unit='flops', achieved=achieved, split=split, metric=metric, score=number,
-                         dense=dense[split], seconds=seconds, **known, **{**args.origin, 'when': now()}), args.records)
+        append_line(dict(model=args.plan.model, unit='flops', achieved=achieved, split=split, metric=metric,
+                         score=number, dense=dense[split], seconds=seconds, **known,
+                         **{**args.origin, 'when': now()}), args.records)
     print(known, f'{achieved:.4f}', {k: round(v, 4) for k, v in found.items()}, f'{seconds:.0f} s', flush=True)
 
 
