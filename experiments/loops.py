@@ -6,7 +6,7 @@ Run:  python experiments/loops.py --data ../shared/data [--tasks stsb,cola,mnli]
 `trainer` is EconomyTrainer, `fastai` a Learner with EconomyCallback and Distill. Two epochs of 32 samples in the
 loop's own random order, AdamW without weight decay, a rate that rises for a tenth of the steps and falls to 0, a
 MeasuredMarket and the dense model as a teacher. The settled model is scored on the halves of the validation part that
-benchmarks/shrink.py tells apart: `validation`, and `third`, which no choice has seen. Dense models and their records are
+benchmarks/shrink.py tells apart: `validation`, and `third`, which no choice has seen. Dense models and records are
 those of benchmarks/shrink.py, in OUT (results/shrink), made if they are not there: one for all seeds, which are those
 of training. Every run leaves its two lines in RECORDS as soon as it ends; run again, the script resumes.
 
