@@ -11,6 +11,7 @@ import random
 import sys
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -100,6 +101,7 @@ class EconomyCallback(Callback):
         ):
         self.market = market if isinstance(market, Market) else MeasuredMarket(market)
         self.priced, self._columns, self._trains, self._frozen = None, [], False, False
+        self._looks, self._finds = 0, False
         self.bid_lr, self.measure = bid_lr, measure
         self.economy, self.tokens, self.block_size, self.gate = economy, tokens, block_size, gate
 
@@ -115,11 +117,17 @@ class EconomyCallback(Callback):
         return self.priced.history if self.priced else []
 
     def before_fit(self):
+        if self._trains and _caller(Learner._do_fit):  # someone looks while it trains
+            self._looks += 1
+            return
         self._remove_columns()  # of a fit that was interrupted
+        self._trains = self._finds = False
+        self._looks = 0
         if self.economy is not None: _check_economy(self.economy, self.model)
-        finds = any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
-        self._trains = _fit_begins() and not finds
-        if finds and self.economy and not self.economy.gate.hard: self.economy.price = 0  # it sees the dense model
+        begins = _caller(Learner._with_events, Learner.__enter__) is Learner._with_events
+        if not begins: return  # it is `validate` or `get_preds`
+        self._finds = any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
+        self._trains = not self._finds
         if self._trains: self._start()
 
     def _start(self):
@@ -135,7 +143,8 @@ class EconomyCallback(Callback):
         self.priced = PricedTraining(self.market, self.economy, self.bid_lr, self.measure, average)
         self.priced.history, self.priced.frozen = before, self._frozen
         self.priced.start()
-        self._columns = [ValueMetric(lambda k=k: self._latest(k), k) for k in ('price', 'spend', 'open')]
+        self._columns = [ValueMetric(partial(self._latest, k), k) for k in ('price', 'spend', 'open')]
+        self._was_late = False
         self.learn.metrics = [*self.metrics, *self._columns]
 
     def _make_economy(self):
@@ -147,9 +156,13 @@ class EconomyCallback(Callback):
 
     def _remove_columns(self):
         self.learn.metrics = [m for m in self.metrics if not any(m is c for c in self._columns)]
+        self._columns = []
 
     def before_batch(self):
         if self._trains: self.priced.before_forward(self.pct_train)
+        elif self._finds and self.economy and not self.economy.gate.hard: self.economy.price = 0  # the dense model
+    def before_validate(self):
+        if self._trains: self.market.before_evaluation(self.economy)
     def after_loss(self):
         if self._trains: self.learn.loss_grad = self.priced.loss(self.learn.loss_grad)
     def after_step(self):
@@ -157,10 +170,14 @@ class EconomyCallback(Callback):
         self.priced.after_backward(_loss_scale(self.learn))
         self.priced.record()
     def after_epoch(self):
-        if self._trains and self.market.final and not self.priced.closed: _forget_best(self.learn.cbs)
+        if not self._trains or self._looks: return
+        if not self._was_late: _forget_best(self.learn.cbs)  # the first after the close is better than all before
+        self._was_late = self.priced.late
     def after_fit(self):
-        self._remove_columns()
-        self._trains = False
+        if self._looks: self._looks -= 1
+        else:
+            self._remove_columns()
+            self._trains = False
 
     def freeze(self):
         "Keep the open set in the fits that follow; raises `ValueError` if there is none that is final"
@@ -186,10 +203,10 @@ class EconomyCallback(Callback):
         return self.priced
 
 # %% ../nbs/22_callback.ipynb #d87b31b4
-def _fit_begins(): # Does `before_fit` come from `fit`? fastai calls it in `validate` and `get_preds` as well
-    frame, known = sys._getframe(1), (Learner._with_events.__code__, Learner.__enter__.__code__)
+def _caller(*methods): # Which of these methods of a Learner is the nearest that runs now, if any
+    frame, known = sys._getframe(1), {m.__code__: m for m in methods}
     while frame and frame.f_code not in known: frame = frame.f_back
-    return frame is not None and frame.f_code is known[0]
+    return known[frame.f_code] if frame else None
 
 def _check_economy(economy, model):
     if economy.model is not hf_model(model):

@@ -73,7 +73,13 @@ def answer_rows(
 def _answer(model, inputs, hidden): # Logits, a row for each choice, and hidden states or `None`
     asked = dict(output_hidden_states=True) if hidden else {}
     with torch.no_grad(), evaluating(model): out = model(**model_inputs(inputs), **asked)
-    return answer_rows(out, inputs.get('attention_mask')), stacked_states(out, model) if hidden else None
+    return answer_rows(out, _answer_mask(model, inputs)), stacked_states(out, model) if hidden else None
+
+def _answer_mask(model, inputs): # Of the tokens that are answered, `(batch, tokens)`; `None` if it is not known
+    if model is None or not model.config.is_encoder_decoder: return _token_mask(inputs)
+    if 'decoder_attention_mask' in inputs: return inputs['decoder_attention_mask']
+    labels = inputs.get('labels')
+    return None if labels is None or labels.ndim < 2 else labels != -100
 
 def _token_mask(inputs): return inputs.get('attention_mask', torch.ones_like(inputs['input_ids']))
 
@@ -157,10 +163,13 @@ class Distillation:
         )->torch.Tensor: # A scalar
         "The loss of the task and of the distance from the teacher"
         hidden = self.hidden > 0
-        if isinstance(self.teacher, TeacherCache): answers, target = self.teacher.of(inputs, hidden)
-        else: answers, target = _answer(self.teacher, inputs, hidden)
-        rows = answer_rows(out, inputs.get('attention_mask'))
+        if isinstance(self.teacher, TeacherCache): model, (answers, target) = None, self.teacher.of(inputs, hidden)
+        else: model, (answers, target) = self.teacher, _answer(self.teacher, inputs, hidden)
+        mask = _answer_mask(model, inputs)
+        rows = answer_rows(out, mask)
         distance = distillation_loss(rows, answers.to(rows.device), self.temperature)
         total = (1 - self.share)*loss + self.share*distance
-        if hidden: total = total + self.hidden*hidden_loss(states, target, _token_mask(inputs), average)
+        if hidden:
+            if mask is None: mask = torch.ones(target.shape[:2], device=target.device)
+            total = total + self.hidden*hidden_loss(states, target, mask, average)
         return total

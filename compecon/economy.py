@@ -17,7 +17,7 @@ from .agents import find_agents
 from .core import Budget, flops_share
 from .cost import check_price, price_list
 from .curves import CostCurves, best_counts, flops_curves, params_curves
-from .gates import AnnealedGate, Gate, attach_gates, remove_gates
+from .gates import NO_PRICE, AnnealedGate, Gate, attach_gates, remove_gates
 
 # %% ../nbs/10_economy.ipynb #225e6723
 class GatedModel:
@@ -49,7 +49,7 @@ class GatedModel:
     def log_price(self): return self.gates.log_price # `(agents,)`, where sub-layers have prices of their own
     @log_price.setter
     def log_price(self, log_price):
-        self.gates.log_price.copy_(log_price)
+        self.gates.log_price.copy_(torch.as_tensor(log_price).clamp_min(NO_PRICE))
         self.gates.price_slope = None
 
     def __len__(self): return len(self.log_values)

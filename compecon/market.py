@@ -65,6 +65,14 @@ class Market:
         "The loss with what compute costs; as it is, where the budget is kept by other means"
         return loss
 
+    def begin(self):
+        "Forget an earlier run"
+
+    def before_evaluation(self,
+        economy:Economy # Whose model is about to be evaluated, while it trains
+        ):
+        "Choose what is evaluated: what training left open, or one of many budgets"
+
     def state_dict(self)->dict: # Numbers and tensors, by name
         "What a run needs to be resumed"
         return {name: getattr(self, name) for name in self.state}
@@ -112,6 +120,8 @@ class DualAscent(Market):
         super().__init__(warmup, close)
         self.budget, self.rate, self.now = _training_share(budget), rate, 0.
         self.schedule = anneal(1, self.budget, warmup, close)
+
+    def begin(self): self.now = 0.
 
     def update(self, economy, pct):
         "Move the price; clear the budget at the close"
@@ -187,7 +197,10 @@ class AugmentedLagrangian(Market):
         self.budget, self.rate, self.weight = _training_share(budget), rate, weight
         self.schedule = anneal(1, self.budget, warmup, close)
         self.temperature = anneal(*temperature, warmup, close)
-        self.multiplier, self.target = 0., None # Loss per whole model of compute; spend that is wanted now
+        self.begin()
+
+    def begin(self): # Loss per whole model of compute; spend that is wanted now
+        self.multiplier, self.target = 0., None
 
     def update(self, economy, pct):
         "Set the gates for the next batch; at the close, factors of a ReLUGate become part of the weights"
@@ -252,10 +265,18 @@ class AnyBudget(MeasuredMarket):
         seed:int=0 # Of the budgets that are drawn
         ):
         super().__init__(smallest, warmup, close)
-        self.largest, self.rng, self.batches = _training_share(largest), random.Random(seed), 0
+        self.largest, self.seed = _training_share(largest), seed
         if not self.budget < self.largest:
             raise ValueError(f'largest={self.largest} must be above smallest={self.budget}')
+        self.begin()
+
+    def begin(self):
+        self.rng, self.batches = random.Random(self.seed), 0
         self.needed = None # `(agents,)`: the last budget at which each agent was open, until the order is fixed
+
+    def before_evaluation(self, economy):
+        "The smallest budget, so that evaluations can be compared"
+        if self.needed is None: economy.clear(self.budget)
 
     def state_dict(self):
         "Draws of budgets among it"
@@ -278,7 +299,7 @@ class AnyBudget(MeasuredMarket):
         if pct < self.close:
             budget = self.schedule(pct)
             economy.clear(budget)
-            before = 1. if self.needed is None else self.needed
+            before = 1. if self.needed is None else self.needed.to(economy.open.device)
             self.needed = torch.where(economy.open, budget, before)
             return
         if self.needed is not None: self._fix_order(economy)

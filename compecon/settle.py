@@ -233,6 +233,7 @@ def settle(
     config = _config(economy, kept)
     keep_agents(model, kept, economy.block_size)
     model.config.quantization_config = config
+    if hasattr(model.config, 'compecon'): del model.config.compecon  # what a family says of its agents
     if BACKENDS[backend] is None: return model
     return resolve_name(BACKENDS[backend])(model, economy.block_size, in_place=True)
 

@@ -115,8 +115,7 @@ class EconomyMixin:
 
     def _taught(self, loss, out, inputs, watch):
         if self.distillation is None: return loss
-        labels = {k: v for k,v in inputs.items() if k not in ('labels', 'start_positions', 'end_positions')}
-        return self.distillation.loss(loss, out, labels, watch.latest if watch else None)
+        return self.distillation.loss(loss, out, inputs, watch.latest if watch else None)
 
     def _parts_of_step(self, num_items_in_batch): # By how much the loss has been divided already
         scaled = self.loss_is_scaled_for_ga
@@ -131,9 +130,14 @@ class EconomyMixin:
 
     def _determine_best_metric(self, metrics, trial):
         better = super()._determine_best_metric(metrics, trial)
-        if self.priced and self.market.final and not self.priced.closed:
+        if self.priced and not self.priced.late:
             self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
         return better
+
+    def evaluate(self, *args, **kwargs):
+        "As `Trainer.evaluate`; while a market trains for many budgets, of one of them"
+        if self.priced and self.is_in_train: self.market.before_evaluation(self.economy)
+        return super().evaluate(*args, **kwargs)
 
     def save_model(self, output_dir=None, _internal_call=False):
         "As `Trainer.save_model`; warns that a model with gates is no smaller"

@@ -49,7 +49,7 @@ class PricedTraining:
         self.market = market if isinstance(market, Market) else MeasuredMarket(market)
         self.measure = measure and not self.market.learned
         self.economy, self.bid_lr, self.average, self.history = economy, bid_lr, average, []
-        self.frozen = False # Is the open set to stay as it is?
+        self.frozen, self.pct = False, 0. # Is the open set to stay as it is? Share of training done
 
     def start(self):
         "Begin a training run"
@@ -58,6 +58,7 @@ class PricedTraining:
         self.optimizer = torch.optim.Adam(economy.parameters(), self.bid_lr)
         self._measured, self._measuring = _RunningMean(economy.log_values), False
         self._begins = self._new_step = True
+        self.pct = economy.gates.resumed.get('pct', 0.)  # a run may be resumed at its end
         economy.gates.run = self  # from now on its state is part of the model's
 
     def before_forward(self,
@@ -82,6 +83,7 @@ class PricedTraining:
         if pct >= self.market.warmup and (self.measure or self.market.learned):
             raise ValueError(f'training goes on at {pct:.0%}, and its values are not known: '
                              'load a checkpoint of it first')
+        self.market.begin()
         if self.market.learned: self.economy.log_values.data.fill_(self.economy.gate.start)
 
     def loss(self,
@@ -120,14 +122,16 @@ class PricedTraining:
 
     @property
     def closed(self): # Has the market closed, so that the open set is final?
-        late = bool(self.history) and self.history[-1]['pct'] >= self.market.close
-        return self.frozen or late and self.market.final and self.economy.gate.hard
+        return self.frozen or self.late and self.market.final and self.economy.gate.hard
+
+    @property
+    def late(self): return self.pct >= self.market.close # Is the order of agents final?
 
     def check_closed(self):
         "Raises `ValueError` saying why the open set is not final, if it is not"
         if self.closed: return
-        if not self.history: raise ValueError(NOT_TRAINED)
-        market, pct = self.market, self.history[-1]['pct']
+        if not (self.pct or self.history): raise ValueError(NOT_TRAINED)
+        market, pct = self.market, self.pct
         if not market.final: why = f'{type(market).__name__} trains for many budgets and ends at none'
         else: why = f'training stopped at {pct:.0%}, before the market closes at {market.close:.0%}'
         raise ValueError(f'{why}: say which budget is wanted, as in `settle(0.4)`')
@@ -144,7 +148,8 @@ class PricedTraining:
     def state_dict(self)->dict: # Numbers and tensors
         "What a run needs to be resumed, beside the model's own state"
         measured = dict(mean=self._measured.mean, seen=self._measured.seen)
-        return dict(market=self.market.state_dict(), measured=measured, optimizer=self.optimizer.state_dict())
+        return dict(market=self.market.state_dict(), measured=measured, optimizer=self.optimizer.state_dict(),
+                    pct=self.pct)
 
     def load_state_dict(self,
         state:dict # From state_dict
