@@ -87,8 +87,8 @@ class HFCallback(Callback):
         self.learn.model_output, self.learn.pred = self.pred, _logits(self.pred)
 
 # %% ../nbs/22_callback.ipynb #419bd327
-class EconomyCallback(Callback):
-    "Train a model down to a budget of compute, and record price and spend"
+class _MarketEvents(Callback):
+    "What an economy does at a Learner's events"
     order, run_valid, name = GradientAccumulation.order - 1, False, 'economy_callback'
     def __init__(self,
         market:Market|float|str|Budget, # A budget, as a share of the dense model's FLOPs (MeasuredMarket), or a market
@@ -179,6 +179,9 @@ class EconomyCallback(Callback):
             self._remove_columns()
             self._trains = False
 
+# %% ../nbs/22_callback.ipynb #6a1515ce
+class EconomyCallback(_MarketEvents):
+    "Train a model down to a budget of compute, and record price and spend"
     def freeze(self):
         "Keep the open set in the fits that follow; raises `ValueError` if there is none that is final"
         self._trained().check_closed()

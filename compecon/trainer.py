@@ -33,9 +33,38 @@ class _Events(TrainerCallback):
         self.trainer.priced.after_backward(1. if scaler is None else scaler.get_scale())
         self.trainer.priced.record()
 
-class EconomyMixin:
-    "Lets a `Trainer`, or any subclass that comes after it, train a model down to a budget of compute"
+# %% ../nbs/23_trainer.ipynb #a9ac7f59
+class _PricedLoss:
+    "The loss of a `Trainer`, with a teacher's part and what compute costs"
     priced = None
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        "As `Trainer.compute_loss`; in training with the teacher's part and what compute costs"
+        base = super().compute_loss
+        if self.priced is None or not model.training: return base(model, inputs, return_outputs, num_items_in_batch)
+        self.priced.before_forward(self.state.global_step/self.state.max_steps)
+        given = dict(inputs)
+        with self._watching() as watch: loss, out = base(model, inputs, True, num_items_in_batch)
+        parts = self._parts_of_step(num_items_in_batch)
+        loss = self.priced.loss(self._taught(loss*parts, out, given, watch))/parts
+        return (loss, out) if return_outputs else loss
+
+    def _watching(self): # Hidden states, if a teacher wants them
+        wanted = self.distillation is not None and self.distillation.hidden > 0
+        return HiddenStates(hf_model(self.model)) if wanted else nullcontext()
+
+    def _taught(self, loss, out, inputs, watch):
+        if self.distillation is None: return loss
+        return self.distillation.loss(loss, out, inputs, watch.latest if watch else None)
+
+    def _parts_of_step(self, num_items_in_batch): # By how much the loss has been divided already
+        scaled = self.loss_is_scaled_for_ga
+        if scaled is None:
+            scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None or bool(self.compute_loss_func)
+        return self.current_gradient_accumulation_steps if scaled else 1
+
+# %% ../nbs/23_trainer.ipynb #e751c08e
+class EconomyMixin(_PricedLoss):
+    "Lets a `Trainer`, or any subclass that comes after it, train a model down to a budget of compute"
     def __init__(self,
         market:Market|float|str|Budget, # A budget, as a share of the dense model's FLOPs (MeasuredMarket), or a market
         *args, # Of the Trainer
@@ -97,31 +126,6 @@ class EconomyMixin:
         if tokens is None:
             with torch.random.fork_rng(devices=[]): tokens = mean_tokens(islice(self.get_train_dataloader(), 16))
         return Economy(hf_model(self.model), tokens, self.block_size, self.gate)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        "As `Trainer.compute_loss`; in training with the teacher's part and what compute costs"
-        base = super().compute_loss
-        if self.priced is None or not model.training: return base(model, inputs, return_outputs, num_items_in_batch)
-        self.priced.before_forward(self.state.global_step/self.state.max_steps)
-        given = dict(inputs)
-        with self._watching() as watch: loss, out = base(model, inputs, True, num_items_in_batch)
-        parts = self._parts_of_step(num_items_in_batch)
-        loss = self.priced.loss(self._taught(loss*parts, out, given, watch))/parts
-        return (loss, out) if return_outputs else loss
-
-    def _watching(self): # Hidden states, if a teacher wants them
-        wanted = self.distillation is not None and self.distillation.hidden > 0
-        return HiddenStates(hf_model(self.model)) if wanted else nullcontext()
-
-    def _taught(self, loss, out, inputs, watch):
-        if self.distillation is None: return loss
-        return self.distillation.loss(loss, out, inputs, watch.latest if watch else None)
-
-    def _parts_of_step(self, num_items_in_batch): # By how much the loss has been divided already
-        scaled = self.loss_is_scaled_for_ga
-        if scaled is None:
-            scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None or bool(self.compute_loss_func)
-        return self.current_gradient_accumulation_steps if scaled else 1
 
     def log(self, logs, *args, **kwargs):
         "As `Trainer.log`; in training with `price`, `spend` and `open`"

@@ -37,8 +37,8 @@ def all_reduce_mean(
         dist.all_reduce(t)
         t /= rank_and_world_size()[1]
 
-class PricedTraining:
-    "A market in a training loop, for any PyTorch training loop"
+class _PricedSteps:
+    "The calls that a training loop makes"
     def __init__(self,
         market:Market|float|str, # A market, or a budget for a MeasuredMarket, as a share of the whole model's FLOPs
         economy:Economy, # The economy of the model that trains
@@ -120,6 +120,9 @@ class PricedTraining:
         self.history.append(dict(pct=self.pct, price=self.economy.price, spend=spend, open=opened))
         return self.history[-1]
 
+# %% ../nbs/20a_training.ipynb #35cc3f39
+class PricedTraining(_PricedSteps):
+    "A market in a training loop, for any PyTorch training loop"
     @property
     def closed(self): # Has the market closed, so that the open set is final?
         return self.frozen or self.late and self.market.final and self.economy.gate.hard
