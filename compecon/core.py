@@ -142,6 +142,9 @@ UNITS = dict(
     ms='milliseconds')
 _SHARES = 'flops', 'latency' # Units whose amount is always a share of the dense model
 
+def _short(budget): # As an error shows it; a model that was passed first would fill the screen
+    return repr(budget) if isinstance(budget, str | int | float) else f'a {type(budget).__name__}'
+
 @dataclass(frozen=True, init=False)
 class Budget:
     "An amount and its unit; raises `ValueError` if there is no such unit, or no such amount"
@@ -152,10 +155,10 @@ class Budget:
         ):
         amount, unit = _parse(budget)
         if unit not in UNITS:
-            raise ValueError(f"budget={budget!r}: unknown unit {unit!r}, there are {', '.join(UNITS)}")
+            raise ValueError(f"budget={_short(budget)}: unknown unit {unit!r}, there are {', '.join(UNITS)}")
         if not 0 < amount < math.inf or amount > 1 and unit in _SHARES:
             most = ', at most 1' if unit in _SHARES else ''
-            raise ValueError(f"budget={budget!r}: it takes an amount above 0 and a unit, as in 0.6, '8 ms', "
+            raise ValueError(f"budget={_short(budget)}: it takes an amount above 0 and a unit, as in 0.6, '8 ms', "
                              f"'0.5 latency' or '30e6 params' ({unit}: {UNITS[unit]}{most})")
         object.__setattr__(self, 'amount', amount)
         object.__setattr__(self, 'unit', unit)
