@@ -48,14 +48,21 @@ def model_inputs(
     return {k: v if device is None else v.to(device) for k,v in x.items() if k != 'idx'}
 
 # %% ../nbs/01_core.ipynb #8288a788
+def _lengths(ids, positions=None): # Of sequences that begin at position 0, or at the start of a row
+    if positions is None: positions = torch.arange(ids.shape[1], device=ids.device)
+    begins = positions.expand(ids.shape[:2]) == 0
+    begins[:, 0] = True
+    return begins.flatten().cumsum(0).sub(1).bincount()
+
 def batch_tokens(
     batch:Mapping|tuple # A batch by name, or a pair of one and labels
-    )->torch.Tensor: # `(batch,)`: tokens of each sequence, without padding where the batch has an `attention_mask`
-    "How long the sequences of a batch are; raises `ValueError` for a batch without token ids or embeddings"
+    )->torch.Tensor: # `(sequences,)`: tokens of each sequence, without padding where the batch has an `attention_mask`
+    """How long the sequences of a batch are: those of its rows, or those packed into them one after the other, where
+    `position_ids` begin anew. Raises `ValueError` for a batch without token ids or embeddings."""
     x = model_inputs(batch)
     if 'attention_mask' in x and x['attention_mask'].ndim == 2: return x['attention_mask'].long().sum(1)
     for name in ('input_ids', 'inputs_embeds'):
-        if name in x: return torch.full(x[name].shape[:1], x[name].shape[1])
+        if name in x: return _lengths(x[name], x.get('position_ids'))
     raise ValueError(f'a batch with {", ".join(x)} does not say how long its sequences are: '
                      'it needs input_ids, inputs_embeds or attention_mask')
 

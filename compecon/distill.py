@@ -55,7 +55,7 @@ def stacked_states(
     "Hidden states of all layers; raises `ValueError` for a model that gives none"
     states = getattr(out, 'hidden_states', None) or getattr(out, 'decoder_hidden_states', None)
     if states is None: raise ValueError(f'{type(model).__name__} gives no hidden states to learn from: use `hidden=0`')
-    return torch.stack(states[1:], 2)
+    return torch.stack([s for s in states[1:] if s.shape == states[1].shape], 2)  # OPT may project the last to another width
 
 def answer_rows(
     out, # What a model gave, or logits

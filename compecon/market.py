@@ -40,6 +40,7 @@ def _check_times(warmup, close):
 class Market:
     "What training asks of a market; subclass it and write `update`"
     memory = 0. # Of the running mean of measured values, for each batch; 0 measures in warm-up only
+    budget = None # At the end of training, a share of the whole model's FLOPs; `None` if a price is given
     learned = False # Do values begin as logits at `gate.start`, and are they learned at a price of 1?
     final = True # Is one open set left when training ends?
     state = () # Names of attributes that change in training

@@ -43,7 +43,9 @@ class _PricedLoss:
         if self.priced is None or not model.training: return base(model, inputs, return_outputs, num_items_in_batch)
         self.priced.before_forward(self.state.global_step/self.state.max_steps)
         given = dict(inputs)
-        with self._watching() as watch: loss, out = base(model, inputs, True, num_items_in_batch)
+        with_outputs = return_outputs or self.distillation is not None
+        with self._watching() as watch: found = base(model, inputs, with_outputs, num_items_in_batch)
+        loss, out = found if with_outputs else (found, None)
         parts = self._parts_of_step(num_items_in_batch)
         loss = self.priced.loss(self._taught(loss*parts, out, given, watch))/parts
         return (loss, out) if return_outputs else loss

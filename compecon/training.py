@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .core import Budget, rank_and_world_size
+from .core import Budget, flops_share, rank_and_world_size
 from .economy import Economy, marginal_values
 from .market import Market, MeasuredMarket
 from .settle import settle
@@ -52,8 +52,9 @@ class _PricedSteps:
         self.frozen, self.pct = False, 0. # Is the open set to stay as it is? Share of training done
 
     def start(self):
-        "Begin a training run"
+        "Begin a training run; raises `ValueError` for a budget that this model cannot keep"
         economy = self.economy
+        if self.market.budget is not None: flops_share(self.market.budget, economy.prices.fixed)
         economy.zero_grad()
         self.optimizer = torch.optim.Adam(economy.parameters(), self.bid_lr)
         self._measured, self._measuring = _RunningMean(economy.log_values), False

@@ -3,12 +3,13 @@
 Run:  python experiments/loops.py --data ../shared/data [--tasks stsb,cola,mnli] [--budgets 0.4] [--seeds 3]
           [--methods trainer,fastai]
 
-`trainer` is EconomyTrainer, `fastai` a Learner with EconomyCallback and Distill. Two epochs of 32 samples in the
-loop's own random order, AdamW without weight decay, a rate that rises for a tenth of the steps and falls to 0, a
-MeasuredMarket and the dense model as a teacher. The settled model is scored on the halves of the validation part that
-benchmarks/shrink.py tells apart: `validation`, and `third`, which no choice has seen. Dense models and records are
-those of benchmarks/shrink.py, in OUT (results/shrink), made if they are not there: one for all seeds, which are those
-of training. Every run leaves its two lines in RECORDS as soon as it ends; run again, the script resumes.
+`trainer` is EconomyTrainer, `fastai` a Learner with EconomyCallback and Distill. Two epochs of the first 2,048
+training samples, 32 a step, in the loop's own random order, AdamW without weight decay, a rate that rises for a tenth
+of the steps and falls to 0, a MeasuredMarket and the dense model as a teacher. The settled model is scored on the
+halves of the validation part that benchmarks/shrink.py tells apart: `validation`, and `third`, which no choice has
+seen. Dense models and records are those of benchmarks/shrink.py, in OUT (results/shrink), made if they are not there:
+one for all seeds, which are those of training. Every run leaves its two lines in RECORDS as soon as it ends; run
+again, the script resumes.
 
 A quick test: --samples 256 --out FOLDER --records FOLDER/loops.jsonl.
 """
@@ -36,7 +37,7 @@ from compecon.lab.records import append_line, now, provenance, read_runs
 from compecon.lab.scripts import dense_bench, is_recorded, read_args, script_parser
 from compecon.trainer import EconomyTrainer
 
-EPOCHS, BS, LR, WARM = 2, 32, 2e-4, 0.1
+TRAIN, EPOCHS, BS, LR, WARM = 2048, 2, 32, 2e-4, 0.1
 
 
 def is_third(row): return hashlib.sha1(f'third {row["idx"]}'.encode()).digest()[0] % 2 == 1
@@ -87,7 +88,8 @@ def scores(bench, model):
 
 
 def run(bench, method, budget, seed, args):
-    known = dict(task=bench.task.name, method=method, seed=seed, budget=budget, epochs=EPOCHS, samples=args.samples)
+    known = dict(task=bench.task.name, method=method, seed=seed, budget=budget, epochs=EPOCHS, train=TRAIN,
+                 samples=args.samples)
     if is_recorded(read_runs(args.records).to_dict('records'), known): return
     start = time.perf_counter()
     small = LOOPS[method](bench, copy.deepcopy(bench.dense).train(), budget, seed).eval()
@@ -120,6 +122,7 @@ def main():
     for task in args.tasks:
         args.plan = Plan(task=task, data=args.data, epochs=0)
         bench = dense_bench(args.plan, 0, read_data(args.plan, args.samples), args.out)
+        bench.samples['train'] = bench.samples['train'][:TRAIN]
         for seed in range(args.first, args.first + args.seeds):
             for budget in args.budgets:
                 for method in args.methods: run(bench, method, budget, seed, args)
