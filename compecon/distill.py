@@ -55,7 +55,8 @@ def stacked_states(
     "Hidden states of all layers; raises `ValueError` for a model that gives none"
     states = getattr(out, 'hidden_states', None) or getattr(out, 'decoder_hidden_states', None)
     if states is None: raise ValueError(f'{type(model).__name__} gives no hidden states to learn from: use `hidden=0`')
-    return torch.stack([s for s in states[1:] if s.shape == states[1].shape], 2)  # OPT may project the last to another width
+    wide = [s for s in states[1:] if s.shape == states[1].shape]  # OPT may project the last to another width
+    return torch.stack(wide, 2)
 
 def answer_rows(
     out, # What a model gave, or logits
