@@ -483,7 +483,8 @@ def find_agents(
     Raises `ValueError` for packed models, models without layers, a bad `block_size`, and what `check_family` finds.
     """
     if any(type(getattr(m, 'state', None)).__name__ == 'OpenState' for m in model.modules()):
-        raise ValueError(f'this {type(model).__name__} is packed: `compecon.packed.open_agents` opens its agents')
+        raise ValueError(f'this {type(model).__name__} is packed: use the model that it was packed from. '
+                         '(`compecon.packed.open_agents` opens its agents)')
     check_family(model)
     family, found = family_of(model), []
     stacks = list(dict.fromkeys(spec.where.split('.')[0] for spec in family))

@@ -78,7 +78,8 @@ class Outputs:
         batch:Mapping|tuple # Its inputs
         )->tuple[torch.Tensor,torch.Tensor]: # Rows `(rows, features)`, and the number of the sequence of each `(rows,)`
         "What a model answers"
-        inputs = model_inputs(batch, next(model.parameters()).device)
+        parameter = next(model.parameters(), None)  # one that runs elsewhere has none
+        inputs = model_inputs(batch, None if parameter is None else parameter.device)
         return self.rows(model(**inputs), inputs)
 
     def own_loss(self,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHRINK_METHODS', 'read_texts', 'find_columns', 'check_weights', 'usual_block_size', 'Report', 'shrink_to_all',
-           'shrink']
+           'shrink', 'ModelBody', 'read_batches']
 
 # %% ../nbs/33_shrink.ipynb #8c61d1af
 import copy
@@ -452,8 +452,8 @@ def shrink_to_all(
     if isinstance(budgets, str | float | int | Budget): budgets = [budgets]
     budgets = [Budget(b) for b in budgets]
     _check_options(budgets, method, samples, batch, multiple)
-    body, clock = _Body(model, tokenizer, pooling, outputs), _Clock()
-    def read(rows): return _batches(body, rows, column, samples, batch, seed)
+    body, clock = ModelBody(model, tokenizer, pooling, outputs), _Clock()
+    def read(rows): return read_batches(body, rows, column, samples, batch, seed)
     with clock('read'):
         (batches, said), others = read(data), None
         try: others = None if other is None else read(other)[0]
@@ -513,9 +513,14 @@ def shrink(
     return next(shrink_to_all(model, [budget], data, tokenizer, **options))
 
 # %% ../nbs/33_shrink.ipynb #176e7d55
-class _Body:
+class ModelBody:
     "The Hugging Face model in what was given, what it puts out, and how to put a smaller one in its place"
-    def __init__(self, model, tokenizer, pooling, outputs):
+    def __init__(self,
+        model:nn.Module, # A Hugging Face model, or a SentenceTransformer
+        tokenizer, # Its tokenizer; the SentenceTransformer's own if `None`
+        pooling:str|None=None, # As for shrink_to_all
+        outputs:Outputs|None=None # As for shrink_to_all
+        ):
         self.given, self.model, self.tokenizer, self.longest = model, model, tokenizer, math.inf
         self.wrapped = type(model).__name__ == 'SentenceTransformer'
         if tokenizer is not None and not callable(tokenizer):
@@ -531,7 +536,10 @@ class _Body:
             raise ValueError(f'{type(self.model).__name__} reads two texts: give the model with its '
                              'ForConditionalGeneration head')
 
-    def around(self, small): # What was given, with a smaller model in it
+    def around(self,
+        small:nn.Module # A smaller model
+        )->nn.Module: # What was given, with the smaller model in it
+        "The same around a smaller model"
         if not self.wrapped: return small
         memo = {id(self.model): small}  # the dense body is not copied
         whole = copy.deepcopy(self.given, memo)
@@ -555,7 +563,15 @@ class _Clock:
     def close(self): self.bar.close()
 
 # %% ../nbs/33_shrink.ipynb #985a6d30
-def _batches(body, data, column, samples, size, seed): # And what they are, in words
+def read_batches(
+    body:ModelBody, # The model that reads them
+    data, # As for shrink
+    column:str|tuple[str,...]|None, # Of rows
+    samples:int, # Texts, at most
+    size:int, # Sequences at once
+    seed:int # Of the texts that are drawn
+    )->tuple[list[dict],str]: # Batches, short texts first, and what they are in words
+    "Inputs of a model from texts, pairs, rows or batches; raises `ValueError` for data that it cannot read"
     if isinstance(data, str | bytes | Path) or not hasattr(data, '__iter__'): read_texts(data)  # says what is wrong
     if isinstance(data, Mapping):
         raise ValueError('data is one dictionary: a list of texts, of rows or of batches is needed')

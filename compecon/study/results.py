@@ -68,6 +68,8 @@ _TRAINED = [
         f'{_SHRINK} --task wikitext --methods repair,fisher,optipfair --budgets 0.8 --seeds 1')),
     Source('shrink/runs.jsonl', 'which fine-tuned models does it start from there?', _all(
         f'{_SHRINK} --task stsb', f'{_SHRINK} --task cola', f'{_SHRINK} --task mnli')),
+    Source('loops.jsonl', 'do both training loops end alike?', 'python experiments/loops.py --data DATA --tasks '
+           'stsb,cola,mnli --methods trainer,fastai'),
     Source('wikitext.jsonl', 'how much perplexity does a decoder lose with its parameters?', _all(
         f'{_LM} --methods repair --lr 2e-4', f'{_LM} --methods taylor,fisher,any-price --lr 3e-4')),
     Source('context.jsonl', 'do gates pay that read their input?', _all(
