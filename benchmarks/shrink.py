@@ -12,7 +12,7 @@ Tasks:
 
 512 texts of the training part are looked at (64 paragraphs of the validation part for `wikitext`), drawn anew for each
 seed. Methods are those of `shrink`; with `:labels`, those of compecon.methods on the same samples with their labels;
-`torch-pruning` and `optipfair` are those libraries' own pruners (peers.py). Scores are of two halves of the
+`torch-pruning` and `optipfair` are those libraries' own pruners (pruners.py). Scores are of two halves of the
 validation part, told apart once by a hash of the row: `validation`, by which choices may be made, and `third`, which
 none has seen (the test part for `wikitext`). CoLA's sentences from other sources are scored by themselves as well, as
 `elsewhere`. With `--without`, for embeddings, a source of texts is left out of what is looked at, and is what is
@@ -30,7 +30,7 @@ import torch
 from scipy.stats import spearmanr
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
-from peers import optipfair_to, torch_pruning_to
+from pruners import optipfair_to, torch_pruning_to
 from compecon.core import evaluating, mean_tokens
 from compecon.lab.agreement import score
 from compecon.lab.bench import choose
