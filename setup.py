@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 cfg = ConfigParser(delimiters=['='])
 cfg.read('settings.ini', encoding='utf-8')
 cfg = cfg['DEFAULT']
-dev, models = cfg['dev_requirements'].split(), cfg['models_requirements'].split()
+dev, models, serve = (cfg[f'{extra}_requirements'].split() for extra in ('dev', 'models', 'serve'))
 
 setup(
     name=cfg['lib_name'],
@@ -26,7 +26,7 @@ setup(
     zip_safe=False,
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': dev + models, 'models': models},
+    extras_require={'dev': dev + models + serve, 'models': models, 'serve': serve},
     entry_points={
         'console_scripts': cfg['console_scripts'].split(),
         'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],

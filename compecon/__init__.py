@@ -11,11 +11,13 @@ import sys
 from types import ModuleType
 
 _MODULES = {
+    'bench': 'bench',
     'budget': 'LatencyTable measure_latency',
     'callback': 'Distill EconomyCallback HFCallback hf_collate',
     'checkpoint': 'CompeconConfig save_family',
     'core': 'Budget mean_tokens',
     'economy': 'Economy layer_table',
+    'export': 'export load_exported',
     'flops': 'count_flops latency',
     'gates': 'remove_gates',
     'importance': 'score_agents sort_neurons',

@@ -48,9 +48,9 @@ def model_inputs(
     return {k: v if device is None else v.to(device) for k,v in x.items() if k != 'idx'}
 
 # %% ../nbs/01_core.ipynb #8288a788
-def _lengths(ids, positions=None): # Of sequences that begin at position 0, or at the start of a row
-    if positions is None: positions = torch.arange(ids.shape[1], device=ids.device)
-    begins = positions.expand(ids.shape[:2]) == 0
+def _lengths(rows, width, positions=None): # Of sequences that begin at position 0, or at the start of a row
+    if positions is None: return torch.full((rows,), width)
+    begins = positions.expand(rows, width) == 0
     begins[:, 0] = True
     return begins.flatten().cumsum(0).sub(1).bincount()
 
@@ -62,7 +62,7 @@ def batch_tokens(
     x = model_inputs(batch)
     if 'attention_mask' in x and x['attention_mask'].ndim == 2: return x['attention_mask'].long().sum(1)
     for name in ('input_ids', 'inputs_embeds'):
-        if name in x: return _lengths(x[name], x.get('position_ids'))
+        if name in x: return _lengths(*x[name].shape[:2], x.get('position_ids'))
     raise ValueError(f'a batch with {", ".join(x)} does not say how long its sequences are: '
                      'it needs input_ids, inputs_embeds or attention_mask')
 

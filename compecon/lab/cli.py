@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'frontier_table', 'write_report', 'frontier_command', 'read_file', 'read_data', 'load_model', 'shrink_command',
-           'evaluate_command', 'kernels_command', 'main']
+           'evaluate_command', 'export_command', 'bench_command', 'kernels_command', 'main']
 
 # %% ../../nbs/56_cli.ipynb #02f81cf0
 import os
@@ -63,6 +63,8 @@ def _quiet():
     "Silence what does not concern the user of a command"
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # waiting threads sleep: on shared cores, spinning costs time
     warnings.filterwarnings('ignore')
+    warnings.filterwarnings('default', category=UserWarning, module='compecon')  # our own
+    warnings.showwarning = lambda message, *_, **__: typer.echo(f'compecon: {message}', err=True)
     from transformers.utils import logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -301,6 +303,59 @@ def evaluate_command(
         scores = evaluate_all(model, TASKS[task], samples)
     except (ValueError, OSError) as e: _stop(e)
     for name, value in scores.items(): typer.echo(f'{name}: {value:.6f}')
+
+# %% ../../nbs/56_cli.ipynb #56e0a002
+_Texts = Annotated[Optional[str], typer.Option(
+    help='A file of texts (txt, csv, jsonl or parquet), or a data set on the hub. Without it, English sentences.')]
+
+@app.command('export')
+def export_command(
+    model:Annotated[str, typer.Argument(help='A folder, as `compecon shrink --out` makes it, or a model on the hub.')],
+    out:Annotated[str, typer.Option(help='A new folder.')],
+    data:_Texts=None,
+    column:Annotated[Optional[str], typer.Option(help='The column of texts, or two for pairs.')]=None,
+    to:Annotated[str, typer.Option(help="'onnx', 'openvino', or both, separated by a comma.")]='onnx',
+    int8:Annotated[bool, typer.Option(help='An int8 graph too?')]=False,
+    static:Annotated[bool, typer.Option(help='Take the ranges of int8 from the texts?')]=False):
+    "Write a model for ONNX Runtime or OpenVINO, checked on texts."
+    _quiet()
+    from compecon.export import export
+    try:
+        rows = read_data(data, column) if data else _demo_texts()
+        found, tokenizer = load_model(model)
+        table = export(found, tokenizer, out, rows, to=_names(to), int8='static' if static else int8)
+    except (ValueError, ImportError, OSError, RuntimeError) as e: _stop(e)
+    typer.echo(f'\n{table.to_markdown(floatfmt=".3g")}\n\nin {out}')
+
+@app.command('bench')
+def bench_command(
+    folder:Annotated[str, typer.Argument(help='A settled model, as `compecon shrink --out` makes it.')],
+    dense:Annotated[Optional[str], typer.Option(help='The model that it was made from.')]=None,
+    data:_Texts=None,
+    column:Annotated[Optional[str], typer.Option(help='The column of texts.')]=None,
+    engines:Annotated[Optional[str], typer.Option(
+        help="Separated by commas, as in 'eager,onnxruntime int8'. Default: all that are installed, "
+             'without `torch.compile`.')]=None,
+    batch:Annotated[str, typer.Option(help='Numbers of sequences at once, separated by commas.')]='1,8',
+    threads:Annotated[Optional[int], typer.Option(help="Of the processor. Default: PyTorch's choice.")]=None,
+    picture:Annotated[Optional[str], typer.Option(help='A file for the picture, as bench.svg.')]=None):
+    "Time a small model and the dense one in every engine that is installed here."
+    _quiet()
+    import torch
+    from compecon.bench import bench, bench_figure, best_of
+    try:
+        sizes = [int(b) for b in _names(batch)]
+        if threads: torch.set_num_threads(threads)
+        rows = read_data(data, column) if data else _demo_texts()
+        named = ([('dense', dense)] if dense else []) + [('small', folder)]
+        loaded = {name: load_model(m) for name, m in named}
+        models, tokenizer = {k: m for k, (m, _) in loaded.items()}, next(iter(loaded.values()))[1]
+        table = bench(models, tokenizer, rows, _names(engines) if engines else None, sizes)
+        if picture: bench_figure(table).savefig(picture)
+    except (ValueError, ImportError, OSError) as e: _stop(e)
+    typer.echo(f'\n{table.reset_index().to_markdown(index=False, floatfmt=".3g")}\n')
+    for size, (name, engine) in best_of(table).items():
+        typer.echo(f'{size}: {name} in {engine} is the quickest with a fidelity of at least 0.9')
 
 # %% ../../nbs/56_cli.ipynb #cf4c1afa
 @app.command('kernels')
