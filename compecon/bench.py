@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from .agents import example_inputs
-from .core import evaluating, mean_tokens
+from .core import mean_tokens
 from .export import OnnxModel, OpenVinoModel, quantize_onnx, quantize_openvino, write_onnx, write_openvino
 from .flops import latency
-from .outputs import Outputs, compare_outputs
+from .outputs import compare_outputs
 from .packed import pack
 from .shrink import ModelBody, read_batches
 
