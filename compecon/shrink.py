@@ -364,7 +364,8 @@ def _sort(model, method, outputs, batches, tokens, seed): # Neurons by importanc
 # %% ../nbs/33_shrink.ipynb #44949999
 class _Shrinker:
     "A copy of a model, with values, that can be brought to one budget after the other"
-    def __init__(self, model, batches, other, outputs, method, block_size, multiple, seed, clock):
+    def __init__(self, model, batches, other, outputs, method, block_size, multiple, seed, clock, engine='torch'):
+        self.engine = engine
         self.dense, self.outputs, self.method, self.seed, self.clock = model, outputs, method, seed, clock
         self.multiple, self.other, self.curves, self.known = multiple, other, None, None
         self.aside, self.choose, self.fit = _split_batches(batches, seed)
@@ -387,7 +388,8 @@ class _Shrinker:
 
     def _measure(self):
         with self.clock('time'), evaluating(self.dense):
-            table = measure_latency(self.dense, tokens=self.tokens, block_size=self.block_size, seconds=20)
+            table = measure_latency(self.dense, tokens=self.tokens, block_size=self.block_size, seconds=20,
+                                    engine=self.engine)
         self.curves = table.curves(self.economy.sublayers)
 
     def _curves_of(self, budget): return self.curves if budget.unit in ('ms', 'latency') else None
@@ -445,6 +447,7 @@ def shrink_to_all(
     pooling:str|None=None, # Of the embedding of a bare encoder: 'mean' if `None`, or 'first'
     outputs:Outputs|None=None, # What has to be kept; that of the model's head if `None`
     other=None, # Texts of another kind, as `data`: the report says how the smaller models do there
+    engine:str='torch', # That a budget in time is measured in, see compecon.budget.measure_latency
     seed:int=0, # Of all that is drawn
     progress:bool=True # Show a bar?
     )->Iterator[tuple[nn.Module,'Report']]: # For each budget the smaller model and its report
@@ -458,7 +461,7 @@ def shrink_to_all(
         (batches, said), others = read(data), None
         try: others = None if other is None else read(other)[0]
         except ValueError as e: raise ValueError(f'other: {e}') from None
-    shrinker = _Shrinker(body.model, batches, others, body.outputs, method, block_size, multiple, seed, clock)
+    shrinker = _Shrinker(body.model, batches, others, body.outputs, method, block_size, multiple, seed, clock, engine)
     clock.begin(progress, _steps(budgets, method, body.outputs))
     try:
         shrinker.check(budgets)
