@@ -228,6 +228,8 @@ def shrink_command(
         help='Texts to look at, at most. Default: 512; 256 in the demonstration.')]=None,
     other:Annotated[Optional[str], typer.Option(
         help='Texts of another kind, as --data: says how the smaller models do there.')]=None,
+    engine:Annotated[str, typer.Option(
+        help="That a budget in time is measured in: 'torch', 'onnxruntime' or 'openvino'.")]='torch',
     out:Annotated[Optional[str], typer.Option(help='Folder for the smaller models and their cards.')]=None):
     "Make a model smaller, without labels and without training."
     _quiet()
@@ -240,11 +242,11 @@ def shrink_command(
         if samples is None: samples = 512 if data else 256
         (dense, tokenizer), reports = load_model(model), []
         for m in methods:
-            for small, report in _shrunk(dense, budgets, rows, tokenizer, m, samples, others):
+            for small, report in _shrunk(dense, budgets, rows, tokenizer, m, samples, others, engine):
                 reports.append(report)
                 if out: tqdm.write(f'in {report.save(small, _folder(report, Path(out), len(methods)), tokenizer)}')
         typer.echo(_shrink_table(reports))
-    except ValueError as e: _stop(e)
+    except (ValueError, ImportError) as e: _stop(e)
 
 # %% ../../nbs/56_cli.ipynb #03fd618c
 def _demo_texts(): # Sentences of the language reference
@@ -261,9 +263,10 @@ def _check_asked(budgets, methods): # Before a model is loaded
     for m in methods:
         if m not in SHRINK_METHODS: raise ValueError(f'unknown method {m!r}: there are {", ".join(SHRINK_METHODS)}')
 
-def _shrunk(dense, budgets, rows, tokenizer, method, samples, other):
+def _shrunk(dense, budgets, rows, tokenizer, method, samples, other, engine):
     from compecon.shrink import shrink_to_all
-    return shrink_to_all(dense, budgets, rows, tokenizer, method=method, samples=samples, other=other)
+    return shrink_to_all(dense, budgets, rows, tokenizer, method=method, samples=samples, other=other,
+                         engine=engine)
 
 def _shrink_table(reports): # What was asked and achieved, and how near the answers are to the dense model's
     import pandas as pd
