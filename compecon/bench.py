@@ -55,8 +55,9 @@ def _torch_int8(prepared):
 
 def _packed(prepared, dtype=None):
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        return pack(prepared.model, dtype=dtype)
+        warnings.simplefilter('ignore')  # what is open does not change here, so blocks may be smaller
+        try: return pack(prepared.model, dtype=dtype)
+        except ValueError: return pack(prepared.model, block_size=16, dtype=dtype)
 
 ENGINES = {
     'eager': lambda p: p.model,
@@ -141,8 +142,9 @@ def bench(
                 runs[name, engine] = model
                 rows[name, engine] = {'megabytes': _megabytes(prepared, engine, model),
                                       **_fidelity(model, dense, batches)}
-        table = pd.DataFrame.from_dict(rows, orient='index').rename_axis(['model', 'engine'])
-        return pd.concat([table, *(_times(runs, dense.model, n, tokens, rounds) for n in batch)], axis=1)
+        table = pd.DataFrame.from_dict(rows, orient='index')
+        table = pd.concat([table, *(_times(runs, dense.model, n, tokens, rounds) for n in batch)], axis=1)
+    return table.rename_axis(['model', 'engine'])
 
 def _fidelity(model, dense, batches): # Of its answers to the dense model's
     found = compare_outputs(_Plain(model), dense.model, dense.outputs, batches)
@@ -179,17 +181,23 @@ def bench_figure(
     table:pd.DataFrame, # From bench
     size:str|None=None # As '1x16'; the first in the table if `None`
     ): # A matplotlib figure
-    "Fidelity against time: a point for each model and engine, a colour for each model"
+    "A row for each engine, quickest first: a point for each model, and how near its answers stay"
     import matplotlib.pyplot as plt
     column = next(c for c in table.columns if c.endswith(' ms') and (size is None or c == f'{size} ms'))
     alike = table.columns[1]
-    figure, ax = plt.subplots(figsize=(7, 4))
-    for name, rows in table.groupby(level=0, sort=False):
-        ax.scatter(rows[column], rows[alike], label=name, s=24)
-        for (_, engine), row in rows.iterrows():
-            ax.annotate(engine, (row[column], row[alike]), xytext=(3, 3), textcoords='offset points', fontsize=7)
+    order = table[column].groupby(level='engine').min().sort_values(ascending=False).index
+    place = {engine: i for i, engine in enumerate(order)}
+    figure, ax = plt.subplots(figsize=(7, 0.35*len(order) + 1))
+    for name, rows in table.groupby(level='model', sort=False):
+        at = [place[engine] for _, engine in rows.index]
+        ax.plot(rows[column], at, 'o', label=name)
+        for ms, i, near in zip(rows[column], at, rows[alike]):
+            ax.annotate(f'{near:.3f}', (ms, i), xytext=(0, 5), textcoords='offset points', fontsize=7, ha='center')
     size = column.removesuffix(' ms')
-    ax.set(xlabel=f'ms ({size}: sequences x tokens)', ylabel=f'{alike} to the dense model', xscale='log')
-    ax.legend(frameon=False)
+    ax.set(xlabel=f'ms ({size}: sequences x tokens); numbers are the {alike} to the dense model', xlim=(0, None))
+    ax.set_yticks(range(len(order)), order)
+    ax.margins(y=0.1)
+    ax.legend(frameon=False, loc='upper right')
+    figure.tight_layout()
     plt.close(figure)
     return figure

@@ -394,7 +394,7 @@ def _engines(peers):
         rows = [table.loc[(runs, budget)] for budget in (1., .6, .4)]
         return ', '.join(f'{r.ms:.1f} ms ({r.score_third:.3f})' for r in rows)
     said = '; '.join(f'{name} {of(runs)}' for runs, name in names.items())
-    return [f"**In the engines that people have** ({some.device.iloc[-1]}, one thread, all-MiniLM, a sentence of 16 tokens; "
+    return [f"**In the engines that people have** ({some.device.iloc[-1]}, one thread, all-MiniLM, 16 tokens; "
             f"Spearman on STS-B's unseen half; dense, 60 and 40 % of the FLOPs, without training): {said}."]
 
 _SERVED = {'settled and packed': 'settled, packed', 'with int8 weights': 'settled, packed:int8',
