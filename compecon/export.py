@@ -203,6 +203,9 @@ class OpenVinoModel(Exported):
         self.inputs = {i.any_name: tuple(d.get_length() if d.is_static else None for d in i.partial_shape)
                        for i in compiled.inputs}
         self.outputs = [o.any_name for o in compiled.outputs]
+        if precision != 'f32' and self._no_past(1):
+            raise ValueError('OpenVINO ends the process when a graph with an empty cache computes in bfloat16: for a '
+                             "decoder, use precision='f32'")
     def run(self, feed):
         found = self.request.infer(feed)
         return {name: np.array(found[i]) for i, name in enumerate(self.outputs)}

@@ -259,11 +259,14 @@ def plot_engines(
     scored = records[records.score_third.notna() & (records.tokens == tokens) & (records.batch == 1)]
     scored = scored.assign(runs=_runs(scored), points=100*scored.score_third)
     figure, ax = plt.subplots(figsize=(7, 4))
-    for (model, runs), rows in scored.sort_values('budget').groupby(['model', 'runs'], sort=False):
-        ax.plot(rows.ms, rows.points, 'o-' if len(rows) > 1 else 'D', ms=5)
-        at = rows.iloc[-1]
-        label = runs if model == 'minilm' else f'{model}, {runs}'
-        ax.annotate(label, (at.ms, at.points), xytext=(4, 4), textcoords='offset points', fontsize=8)
+    for i, (runs, rows) in enumerate(scored.sort_values('budget').groupby('runs', sort=False)):
+        ours, other = rows[rows.model == 'minilm'], rows[rows.model != 'minilm']
+        ax.plot(ours.ms, ours.points, 'o-', color=f'C{i}', ms=5)
+        ax.plot(other.ms, other.points, 'D', color=f'C{i}', ms=5)
+        at = ours.iloc[-1]
+        ax.annotate(runs, (at.ms, at.points), xytext=(4, 4), textcoords='offset points', fontsize=8)
+    for at in scored[scored.model != 'minilm'].nlargest(1, 'ms').itertuples():
+        ax.annotate(f'{at.model}, dense', (at.ms, at.points), xytext=(6, -3), textcoords='offset points', fontsize=8)
     ax.set(xlabel='ms a sentence', ylabel="Spearman's correlation x 100", xscale='log')
     ax.margins(x=0.2)
     plt.close(figure)
