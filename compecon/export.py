@@ -196,16 +196,17 @@ class OpenVinoModel(Exported):
         _check_installed('openvino')
         import openvino
         super().__init__()
+        core = openvino.Core()
+        model = core.read_model(str(file))
+        self.inputs = {i.any_name: tuple(d.get_length() if d.is_static else None for d in i.partial_shape)
+                       for i in model.inputs}
+        if precision != 'f32' and self._no_past(1):
+            raise ValueError('OpenVINO ends the process when a graph with a cache computes in bfloat16: for a decoder, '
+                             "use precision='f32'")
         options = dict(INFERENCE_NUM_THREADS=threads or torch.get_num_threads(), PERFORMANCE_HINT='LATENCY',
                        INFERENCE_PRECISION_HINT=precision)
-        compiled = openvino.Core().compile_model(str(file), 'CPU', options)
-        self.request = compiled.create_infer_request()
-        self.inputs = {i.any_name: tuple(d.get_length() if d.is_static else None for d in i.partial_shape)
-                       for i in compiled.inputs}
-        self.outputs = [o.any_name for o in compiled.outputs]
-        if precision != 'f32' and self._no_past(1):
-            raise ValueError('OpenVINO ends the process when a graph with an empty cache computes in bfloat16: for a '
-                             "decoder, use precision='f32'")
+        compiled = core.compile_model(model, 'CPU', options)
+        self.request, self.outputs = compiled.create_infer_request(), [o.any_name for o in compiled.outputs]
     def run(self, feed):
         found = self.request.infer(feed)
         return {name: np.array(found[i]) for i, name in enumerate(self.outputs)}
