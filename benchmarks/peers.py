@@ -110,7 +110,7 @@ def one_more(run, ids):
     past = run(input_ids=ids, **options).past_key_values
     def call():
         run(input_ids=last, past_key_values=past, **options)
-        if hasattr(past, 'crop'): past.crop(ids.shape[1])  # torch's cache grows
+        if hasattr(past, 'crop'): past.crop(-1)  # torch's cache grows
     return call
 
 

@@ -12,6 +12,7 @@ import io
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -20,8 +21,9 @@ import torch
 from torch import nn
 
 from .agents import example_inputs
-from .core import mean_tokens
-from .export import OnnxModel, OpenVinoModel, quantize_onnx, quantize_openvino, write_onnx, write_openvino
+from .core import evaluating, mean_tokens
+from .export import (OnnxModel, OpenVinoModel, check_float32, graph_inputs, quantize_onnx, quantize_openvino,
+                             write_onnx, write_openvino)
 from .flops import latency
 from .outputs import compare_outputs
 from .packed import pack
@@ -31,12 +33,12 @@ from .shrink import ModelBody, read_batches
 class Prepared:
     "A model, and its graphs in a folder, written when they are first asked for"
     def __init__(self,
-        model:nn.Module, # A Hugging Face model on the CPU
+        model:nn.Module, # A Hugging Face model on the CPU, in evaluation mode
         batches:Sequence[dict], # Texts that it reads
         folder:str|Path, # For the graphs
         decodes:bool=False # Does it write texts?
         ):
-        self.model, self.batches, self.folder, self.decodes = model.eval(), batches, Path(folder), decodes
+        self.model, self.batches, self.folder, self.decodes = model, batches, Path(folder), decodes
         self.folder.mkdir(parents=True, exist_ok=True)
 
     @cached_property
@@ -91,7 +93,7 @@ def prepare_engines(
     ready = {}
     for name in engines:
         try: ready[name] = ENGINES[name](prepared)
-        except (ValueError, RuntimeError, NotImplementedError) as e:
+        except Exception as e:  # engines have many ways to fail
             said = str(e).splitlines()[0] if str(e) else type(e).__name__
             warnings.warn(f'{name} is left out: {said}')
     return ready
@@ -130,11 +132,14 @@ def bench(
     engines = installed_engines() if engines is None else list(engines)
     if unknown := [e for e in engines if e not in ENGINES]:
         raise ValueError(f'unknown engine {", ".join(unknown)}: there are {", ".join(ENGINES)}')
+    if not models: raise ValueError('no models to time: give some by name')
     bodies = {name: ModelBody(m, tokenizer) for name,m in models.items()}
+    for body in bodies.values(): check_float32(body.model)
     dense = next(iter(bodies.values()))
-    batches, _ = read_batches(dense, data, None, samples, 8, seed)
+    batches = [graph_inputs(b) for b in read_batches(dense, data, None, samples, 8, seed)[0]]
     tokens = tokens or min(mean_tokens(batches), batches[-1]['input_ids'].shape[1])
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        for body in bodies.values(): stack.enter_context(evaluating(body.model))
         runs, rows = {}, {}
         for i, (name, body) in enumerate(bodies.items()):
             prepared = Prepared(body.model, batches, Path(folder)/str(i), body.outputs.head == 'language model')
@@ -142,6 +147,7 @@ def bench(
                 runs[name, engine] = model
                 rows[name, engine] = {'megabytes': _megabytes(prepared, engine, model),
                                       **_fidelity(model, dense, batches)}
+        if not runs: raise ValueError('none of these engines can take these models')
         table = pd.DataFrame.from_dict(rows, orient='index')
         table = pd.concat([table, *(_times(runs, dense.model, n, tokens, rounds) for n in batch)], axis=1)
     return table.rename_axis(['model', 'engine'])
@@ -170,11 +176,12 @@ def _times(runs, dense, batch, tokens, rounds): # In turns
 def best_of(
     table:pd.DataFrame, # From bench
     least:float=0.9 # Fidelity
-    )->dict[str,tuple[str,str]]: # For each size the model and the engine
+    )->dict[str,tuple[str,str]]: # For each size the model and the engine; nothing where none is near
     "The quickest whose answers stay near the dense model's"
     alike = table.columns[1]
     near = table[table[alike] >= least]
-    return {c.removesuffix(' ms'): near[c].idxmin() for c in table.columns if c.endswith(' ms')}
+    sizes = [c for c in table.columns if c.endswith(' ms')]
+    return {c.removesuffix(' ms'): near[c].idxmin() for c in sizes if len(near)}
 
 # %% ../nbs/46_bench.ipynb #46e0a017
 def bench_figure(

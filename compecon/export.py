@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['INT8', 'TOLERANCE', 'TARGETS', 'write_onnx', 'Exported', 'OnnxModel', 'OpenVinoModel', 'load_exported', 'onnx_call',
-           'openvino_call', 'onnx_flops', 'quantize_onnx', 'write_openvino', 'quantize_openvino', 'export']
+           'openvino_call', 'onnx_flops', 'quantize_onnx', 'write_openvino', 'quantize_openvino', 'graph_inputs',
+           'check_float32', 'export']
 
 # %% ../nbs/40_export.ipynb #40e0a005
 import importlib.util
+import inspect
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -52,7 +55,11 @@ def _cache(past): # Keys and values of all layers, one after the other
     return cache
 
 def _past_of(model, inputs): # For each tensor of the cache a name and `(heads, width)`
-    with torch.no_grad(), evaluating(model): layers = model(**inputs, use_cache=True).past_key_values.layers
+    with torch.no_grad(), evaluating(model): cache = model(**inputs, use_cache=True).past_key_values
+    if cache is None:
+        raise ValueError(f'this {type(model).__name__} keeps no cache, so it is no decoder: is `is_decoder=True` '
+                         'missing in its configuration?')
+    layers = cache.layers
     return {f'{i}.{kind}': (t.shape[1], t.shape[3]) for i, layer in enumerate(layers)
             for kind, t in (('key', layer.keys), ('value', layer.values))}
 
@@ -94,8 +101,9 @@ def write_onnx(
     file:str|Path, # A `.onnx` file to write
     decodes:bool=False # Does it write texts, so that the graph needs a cache?
     )->Path: # The file
-    "Write the graph of a model, for any number of sequences and tokens"
+    "Write the graph of a model, for any number of sequences and tokens; raises `ValueError` without `input_ids`"
     _check_installed(*_PACKAGES['onnx'])
+    if 'input_ids' not in batch: raise ValueError('a graph reads `input_ids`, and this batch has none')
     x = _example(model, batch)
     outputs = _answer_names(model, x)
     past = _past_of(model, x) if decodes else {}
@@ -105,8 +113,9 @@ def write_onnx(
     shapes = [{0: dynamic, 1: dynamic} for _ in x], [{0: dynamic, 2: dynamic} for _ in before]
     names = [*x, *(f'past_key_values.{name}' for name in past)]
     written = [*outputs, *(f'present.{name}' for name in past)]
-    graph = _Graph(model, list(x), outputs).eval()
-    with _silent(), _plain_attention(model), torch.no_grad():
+    graph = _Graph(model, list(x), outputs)
+    graph.training = False  # and no part of the model, whose mode is restored
+    with _silent(), evaluating(model), _plain_attention(model), torch.no_grad():
         program = torch.onnx.export(graph, (list(x.values()), before), dynamo=True, verbose=False, input_names=names,
                                     output_names=written, dynamic_shapes=shapes)
         large = sum(p.nbytes for p in model.parameters()) > 1.9e9  # more does not fit into one file
@@ -119,6 +128,8 @@ def _after(x, n): # What is read after `n` tokens
     return dict(attention_mask=mask, position_ids=torch.arange(n, n + width).repeat(rows, 1))
 
 # %% ../nbs/40_export.ipynb #40e0a012
+def _positions(mask): return (mask.cumsum(1) - 1).clamp(0) # Of tokens after padding on the left, as `generate` has them
+
 class Exported(nn.Module):
     "A graph in an engine, called by the names of a Hugging Face model"
     inputs: dict[str,tuple] # Shapes by name; a dimension that is free is not a number
@@ -139,13 +150,17 @@ class Exported(nn.Module):
         return SimpleNamespace(**answers, past_key_values=cache)
 
     def feed(self, input_ids, past_key_values=None, attention_mask=None, **others):
-        "What the graph reads, as arrays by name"
+        "What the graph reads, as arrays by name; raises `ValueError` for inputs that it does not read"
         rows, width = input_ids.shape
         past = past_key_values or self._no_past(rows)
         before = next(iter(past.values())).shape[2] if past else 0
         mask = torch.ones(rows, before + width, dtype=torch.long) if attention_mask is None else attention_mask
-        usual = dict(token_type_ids=torch.zeros_like(input_ids), position_ids=(mask.cumsum(1) - 1).clamp(0)[:, -width:])
+        usual = dict(token_type_ids=torch.zeros_like(input_ids), position_ids=_positions(mask)[:, -width:])
         given = usual | others | dict(input_ids=input_ids, attention_mask=mask)
+        usual['attention_mask'] = torch.ones_like(mask)
+        for name, value in given.items():
+            if name not in self.inputs and not (name in usual and torch.equal(value, usual[name])):
+                raise ValueError(f'this graph does not read {name}: it reads {", ".join(self.inputs)}')
         return {k: v.numpy() for k,v in given.items() if k in self.inputs} | past
 
     def _no_past(self, rows):
@@ -169,7 +184,7 @@ class Exported(nn.Module):
 class OnnxModel(Exported):
     "A graph in ONNX Runtime, on the CPU"
     def __init__(self,
-        file:str|Path|bytes, # A `.onnx` file, or what is in one
+        file:str|Path, # A `.onnx` file
         threads:int|None=None, # Those of torch if `None`
         optimize:bool=True # Let the engine improve the graph?
         ):
@@ -180,8 +195,7 @@ class OnnxModel(Exported):
         options.intra_op_num_threads = threads or torch.get_num_threads()
         options.log_severity_level = 3
         if not optimize: options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        file = file if isinstance(file, bytes) else str(file)
-        self.session = onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
+        self.session = onnxruntime.InferenceSession(str(file), options, providers=['CPUExecutionProvider'])
         self.inputs = {i.name: tuple(i.shape) for i in self.session.get_inputs()}
         self.outputs = [o.name for o in self.session.get_outputs()]
     def run(self, feed): return dict(zip(self.outputs, self.session.run(self.outputs, feed)))
@@ -259,12 +273,15 @@ def onnx_flops(
     "FLOPs of a graph as it executes"
     _check_installed('onnx', 'onnxruntime')
     import onnx
-    model = onnx.load(file)
+    file = Path(file)
+    model = onnx.load(file, load_external_data=False)
     products = [n for n in model.graph.node if n.op_type in ('MatMul', 'Gemm')]
     known = {o.name for o in model.graph.output} | {w.name for w in model.graph.initializer}
     names = {name for n in products for name in (n.input[0], n.output[0])} - known
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(names))
-    engine = OnnxModel(model.SerializeToString(), optimize=False)
+    with tempfile.NamedTemporaryFile(dir=file.parent, suffix='.onnx') as part:  # beside weights in a file of their own
+        onnx.save(model, part.name)
+        engine = OnnxModel(part.name, optimize=False)
     found = engine.run(engine.feed(**inputs))
     shapes = {w.name: w.dims for w in model.graph.initializer} | {k: v.shape for k,v in found.items()}
     def inner(n):
@@ -293,14 +310,14 @@ def quantize_onnx(
     processor = _processor()
     small = Path(file).with_name(f'model_qint8_{processor}.onnx')
     narrow = processor == 'avx2'  # products of two int8 numbers are added up in 16 bits there
+    how = dict(weight_type=QuantType.QInt8, per_channel=True, reduce_range=narrow,
+               use_external_data_format=Path(f'{file}.data').exists())
     with _silent():
-        if kind != 'static': quantize_dynamic(file, small, weight_type=QuantType.QInt8, per_channel=True,
-                                                reduce_range=narrow)
+        if kind != 'static': quantize_dynamic(file, small, **how)
         else:
             engine, reader = OnnxModel(file), type('Texts', (_Reader, CalibrationDataReader), {})
             feeds = [engine.feed(**b) for b in batches]
-            quantize_static(file, small, reader(feeds), weight_type=QuantType.QInt8, per_channel=True,
-                            reduce_range=narrow)
+            quantize_static(file, small, reader(feeds), **how)
     return small
 
 def write_openvino(
@@ -334,9 +351,8 @@ def quantize_openvino(
 TOLERANCE = 1e-3 # Largest error of a float32 graph, as a share of the largest answer
 
 def _alone(batch, i): # One sequence without padding
-    row = {k: v[i] for k,v in batch.items()}
-    real = row.get('attention_mask', torch.ones_like(row['input_ids'])).bool()
-    return {k: v[real][None] for k,v in row.items()}
+    real = batch['attention_mask'][i].bool()
+    return {k: v[i][real][None] for k,v in batch.items()}
 
 def _together(rows, pad): # Sequences of several lengths, padded on the right
     def padded(k): return pad_sequence([r[k][0] for r in rows], True, pad if k == 'input_ids' else 0)
@@ -345,15 +361,15 @@ def _together(rows, pad): # Sequences of several lengths, padded on the right
 def _probes(batches, pad):
     short, long = _alone(batches[0], 0), _alone(batches[-1], -1)
     short = {k: v[:, :max(2, long['input_ids'].shape[1]//3)] for k,v in short.items()}
-    both = [] if 'attention_mask' not in short else [_together([long, short], pad)]
-    return [short, long, *both]
+    return [short, long, _together([long, short], pad)]
 
 def _error(engine, model, outputs, probes): # The largest, as a share of the largest answer
     worst = 0.
     for x in probes:
         with torch.no_grad(), evaluating(model): got, wanted = (outputs.of(m, x)[0] for m in (engine, model))
         finite = wanted > torch.finfo(wanted.dtype).min  # padding that no answer may choose
-        worst = max(worst, ((got - wanted)[finite].abs().max()/wanted[finite].abs().max()).item())
+        error = ((got - wanted)[finite].abs().max()/wanted[finite].abs().max()).item()
+        worst = math.inf if math.isnan(error) else max(worst, error)
     return worst
 
 def _error_of_cache(engine, model, x): # Of a text that is read in two parts
@@ -362,17 +378,31 @@ def _error_of_cache(engine, model, x): # Of a text that is read in two parts
     second = engine(x['input_ids'][:, half:], first.past_key_values)
     with torch.no_grad(), evaluating(model): wanted = model(input_ids=x['input_ids']).logits
     got = torch.cat([first.logits, second.logits], 1)
-    return ((got - wanted).abs().max()/wanted.abs().max()).item()
+    error = ((got - wanted).abs().max()/wanted.abs().max()).item()
+    return math.inf if math.isnan(error) else error
 
 # %% ../nbs/40_export.ipynb #40e0a020
+_READ = 'input_ids', 'attention_mask', 'token_type_ids' # What graphs get, if a model takes it
+
+def graph_inputs(
+    batch:dict # Tensors by name
+    )->dict: # What a graph reads of them: token ids, a mask (made if there is none), kinds of tokens
+    "The part of a batch that graphs read"
+    mask = dict(attention_mask=torch.ones_like(batch['input_ids']))
+    return {k: v for k,v in (mask | batch).items() if k in _READ}
+
 class _Exporter:
     "Writes graphs into a folder, and knows how near each is to the model"
     def __init__(self, body, batches, folder):
-        self.body, self.batches, self.folder, self.rows = body, batches, folder, {}
+        self.batches = [graph_inputs(b) for b in batches]
+        self.body, self.folder, self.rows = body, folder, {}
         self.model, self.outputs = body.model, body.outputs
         self.decodes = self.outputs.head == 'language model'
         pad = self.model.config.pad_token_id
-        self.probes = _probes(batches, 0 if pad is None else pad)
+        self.probes = _probes(self.batches, 0 if pad is None else pad)
+        if self.decodes and 'position_ids' in inspect.signature(self.model.forward).parameters:
+            self.compared = [b | dict(position_ids=_positions(b['attention_mask'])) for b in self.batches]
+        else: self.compared = self.batches
 
     def onnx(self):
         file = self.folder/'onnx'/'model.onnx'
@@ -387,12 +417,12 @@ class _Exporter:
 
     def check(self, file, engine, precision, least=None): # Is it to be kept?
         runs = load_exported(file)
-        error = _error(runs, self.model, self.outputs, self.probes)
+        error = _error(runs, self.model, self.outputs, [*self.probes, self.compared[0], self.compared[-1]])
         if self.decodes: error = max(error, _error_of_cache(runs, self.model, self.probes[1]))
         if precision == 'float32' and not error < TOLERANCE:
             raise RuntimeError(f'{file.name} answers otherwise than the model: its largest error is {error:.2g} of the '
                                f'largest answer, more than {TOLERANCE:g}. Nothing was kept')
-        found = compare_outputs(runs, self.model, self.outputs, self.batches)
+        found = compare_outputs(runs, self.model, self.outputs, self.compared)
         alike = found[self.outputs.measure.fidelity]
         if least is not None and not alike >= least:
             warnings.warn(f'{file.name} was not kept: {self.outputs.measure.fidelity} {alike:.3f} to the model is '
@@ -420,26 +450,40 @@ def _remove(file):
 # %% ../nbs/40_export.ipynb #40e0a022
 TARGETS = 'onnx', 'openvino'
 
+def check_float32(
+    model:nn.Module # A Hugging Face model
+    ):
+    "Raises `ValueError` for a model that engines on a CPU cannot take"
+    wrong = {str(p.dtype).removeprefix('torch.') for p in model.parameters()} - {'float32'}
+    if wrong: raise ValueError(f'this model has weights in {", ".join(sorted(wrong))}: give it as `model.float()`')
+    if any(p.device.type != 'cpu' for p in model.parameters()):
+        raise ValueError('this model is on another device: give it as `model.to("cpu")`')
+
 def _check_export(body, folder, data, targets, int8):
+    if not targets: raise ValueError(f'to={targets}: name one of {", ".join(TARGETS)}, or both')
+    check_float32(body.model)
     for to in targets:
         if to not in TARGETS: raise ValueError(f'to={to!r} is unknown: there are {", ".join(TARGETS)}')
         _check_installed(*_PACKAGES[to])
     if int8 not in INT8: raise ValueError(f'int8={int8!r} is unknown: there are {", ".join(map(repr, INT8))}')
     if int8: _check_installed(*('onnxruntime' if to == 'onnx' else 'nncf' for to in targets))
     if data is None: raise ValueError('no texts to verify with: give some that the model is for, as `data`')
+    if folder == Path.cwd(): raise ValueError(f'{folder} is where this process works: name a new folder')
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f'{folder} is not empty: name a new folder')
+    if body.outputs.head == 'sequence classification' and body.model.config.pad_token_id is None:
+        raise ValueError('this model does not know which token is padding: set `model.config.pad_token_id`')
     if body.model.config.is_encoder_decoder:
         raise ValueError(f'{type(body.model).__name__} reads one text and writes another: that takes a graph for each, '
                          'which are not made here')
 
-def _write_rest(body, tokenizer, folder): # What lies beside the graphs
+def _write_rest(body, folder): # What lies beside the graphs
     if body.wrapped:
         body.given.save_pretrained(str(folder), create_model_card=False)
         for f in (*folder.rglob('*.safetensors'), *folder.rglob('*.index.json')): f.unlink()
     else:
         body.model.config.save_pretrained(folder)
-        (body.tokenizer or tokenizer).save_pretrained(folder)
+        if body.tokenizer is not None: body.tokenizer.save_pretrained(folder)
     file = folder/'config.json'
     config = json.loads(file.read_text(encoding='utf-8'))
     config.pop('quantization_config', None)  # how to cut weights, which are not here
@@ -466,20 +510,23 @@ def export(
     installed, `FileExistsError` for a folder that is not empty, all before any work; and `RuntimeError` if a graph
     answers otherwise than the model. Then nothing is left on disk.
     """
-    body, folder = ModelBody(model, tokenizer, pooling, outputs), Path(folder)
+    body, folder = ModelBody(model, tokenizer, pooling, outputs), Path(folder).resolve()
     targets = [to] if isinstance(to, str) else list(to)
     _check_export(body, folder, data, targets, int8)
     batches, _ = read_batches(body, data, column, samples, 8, seed)
-    part = folder.with_name(folder.name + '.tmp')
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    made = [p for p in folder.parents if not p.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'{folder.name}.'))
     try:
+        _write_rest(body, part)
         table = _export(_Exporter(body, batches, part), targets, int8, least)
-        _write_rest(body, tokenizer, part)
         _write_report(table, part)
+        part.chmod(0o755)
         if folder.exists(): folder.rmdir()
         os.replace(part, folder)
-    finally: shutil.rmtree(part, ignore_errors=True)
+    except BaseException:
+        for p in (part, *made): shutil.rmtree(p, ignore_errors=True)
+        raise
     return table
 
 def _export(exporter, targets, int8, least):

@@ -326,7 +326,7 @@ def export_command(
     try:
         rows = read_data(data, column) if data else _demo_texts()
         found, tokenizer = load_model(model)
-        table = export(found, tokenizer, out, rows, to=_names(to), int8='static' if static else int8)
+        table = export(found.float(), tokenizer, out, rows, to=_names(to), int8='static' if static else int8)
     except (ValueError, ImportError, OSError, RuntimeError) as e: _stop(e)
     typer.echo(f'\n{table.to_markdown(floatfmt=".3g")}\n\nin {out}')
 
@@ -352,12 +352,14 @@ def bench_command(
         rows = read_data(data, column) if data else _demo_texts()
         named = ([('dense', dense)] if dense else []) + [('small', folder)]
         loaded = {name: load_model(m) for name, m in named}
-        models, tokenizer = {k: m for k, (m, _) in loaded.items()}, next(iter(loaded.values()))[1]
+        models, tokenizer = {k: m.float() for k, (m, _) in loaded.items()}, next(iter(loaded.values()))[1]
         table = bench(models, tokenizer, rows, _names(engines) if engines else None, sizes)
         if picture: bench_figure(table).savefig(picture)
-    except (ValueError, ImportError, OSError) as e: _stop(e)
+    except (ValueError, ImportError, OSError, RuntimeError) as e: _stop(e)
     typer.echo(f'\n{table.reset_index().to_markdown(index=False, floatfmt=".3g")}\n')
-    for size, (name, engine) in best_of(table).items():
+    best = best_of(table)
+    if not best: typer.echo('none has a fidelity of at least 0.9')
+    for size, (name, engine) in best.items():
         typer.echo(f'{size}: {name} in {engine} is the quickest with a fidelity of at least 0.9')
 
 # %% ../../nbs/56_cli.ipynb #cf4c1afa
