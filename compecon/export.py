@@ -101,7 +101,10 @@ def write_onnx(
     file:str|Path, # A `.onnx` file to write
     decodes:bool=False # Does it write texts, so that the graph needs a cache?
     )->Path: # The file
-    "Write the graph of a model, for any number of sequences and tokens; raises `ValueError` without `input_ids`"
+    """Write the graph of a model, for any number of sequences and tokens
+
+    Raises `ValueError` without `input_ids`, and `RuntimeError` for operators that the exporter lacks.
+    """
     _check_installed(*_PACKAGES['onnx'])
     if 'input_ids' not in batch: raise ValueError('a graph reads `input_ids`, and this batch has none')
     x = _example(model, batch)
@@ -116,8 +119,11 @@ def write_onnx(
     graph = _Graph(model, list(x), outputs)
     graph.training = False  # and no part of the model, whose mode is restored
     with _silent(), evaluating(model), _plain_attention(model), torch.no_grad():
-        program = torch.onnx.export(graph, (list(x.values()), before), dynamo=True, verbose=False, input_names=names,
-                                    output_names=written, dynamic_shapes=shapes)
+        try: program = torch.onnx.export(graph, (list(x.values()), before), dynamo=True, verbose=False,
+                                         input_names=names, output_names=written, dynamic_shapes=shapes)
+        except torch.onnx.OnnxExporterError as e:
+            why = str(e.__cause__ or e).strip().splitlines()[0]
+            raise RuntimeError(f'torch cannot write a graph of this {type(model).__name__}: {why}') from e
         large = sum(p.nbytes for p in model.parameters()) > 1.9e9  # more does not fit into one file
         program.save(file, external_data=large)
     return Path(file)
