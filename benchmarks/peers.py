@@ -9,10 +9,10 @@ Run:  python benchmarks/peers.py --data DATA [--models minilm,bert,smollm2] [--s
 - `bert` has BERT-base's size, and `smollm2` is SmolLM2-135M with a cache: weights of the first and structures of both
   are random, for time does not depend on them.
 
-Engines are those of compecon.bench. In one setting (model, size, threads) all budgets and engines take turns, at least
-five. `what` is `pass`; for a decoder `first` (128 tokens are read) and `next` (one more after them). `ratio` is the
-share of the time of the dense model in eager torch, float32, in the same turns. A setting leaves its lines in RECORDS
-when it ends; run again, the script resumes.
+Engines are those of compecon.engines. In one setting (model, size, threads) all budgets and engines take turns, at
+least five. `what` is `pass`; for a decoder `first` (128 tokens are read) and `next` (one more after them). `ratio` is
+the share of the time of the dense model in eager torch, float32, in the same turns. A setting leaves its lines in
+RECORDS when it ends; run again, the script resumes.
 """
 import copy
 import tempfile
@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from shrink import HALVES, L3, bert_from_onnx, rows_of, scores, texts_of
-from compecon.bench import ENGINES, Prepared, installed_engines, prepare_engines
+from compecon.engines import ENGINES, Prepared, installed_engines, prepare_engines
 from compecon.core import package_versions
 from compecon.economy import Economy
 from compecon.flops import count_flops, latency
@@ -141,7 +141,7 @@ def main():
                            records='results/peers.jsonl')
     parser.add_argument('--models', default='minilm,minilm-l3,bert,smollm2', help='names, separated by commas')
     parser.add_argument('--sizes', default=','.join(SIZES), help='batch x tokens, separated by commas')
-    parser.add_argument('--engines', default=','.join(installed_engines()), help='of compecon.bench.ENGINES')
+    parser.add_argument('--engines', default=','.join(installed_engines()), help='of compecon.engines.ENGINES')
     parser.add_argument('--rounds', type=int, default=7, help='turns of each')
     args = read_args(parser, dict(models=MODELS, sizes=SIZES, engines=ENGINES), apart=['records'])
     args.origin = provenance()

@@ -11,12 +11,12 @@ import sys
 from types import ModuleType
 
 _MODULES = {
-    'bench': 'bench',
     'budget': 'LatencyTable measure_latency',
     'callback': 'Distill EconomyCallback HFCallback hf_collate',
     'checkpoint': 'CompeconConfig save_family',
     'core': 'Budget mean_tokens',
     'economy': 'Economy layer_table',
+    'engines': 'bench',
     'export': 'export load_exported',
     'flops': 'count_flops latency',
     'gates': 'remove_gates',

@@ -110,6 +110,13 @@ def check_titles(found, folder):
             yield f'{path} begins with {title!r}: its title must begin with "# {wanted} "'
 
 
+def check_pages(found):
+    "A page is named after its notebook without the number, so no two notebooks may share that name"
+    names = [re.sub(r'^\d\d[a-z]?_', '', path.stem) for path, _ in found]
+    for name in sorted({n for n in names if names.count(n) > 1}):
+        yield f'{names.count(name)} notebooks write the page {name}.html: rename all but one'
+
+
 def check_sidebar(found, config):
     "Every notebook is in the sidebar, once"
     contents = config['website']['sidebar']['contents']
@@ -129,7 +136,7 @@ def main():
     scripts = [p for folder in folders for p in sorted(Path(folder).glob('*.py'))]
     config = yaml.safe_load(Path('_quarto.yml').read_text(encoding='utf-8'))
     wrong = [*check_imports(found), *check_package(Path('compecon')), *check_lines(found, scripts),
-             *check_titles(found, Path('nbs')), *check_sidebar(found, config)]
+             *check_titles(found, Path('nbs')), *check_pages(found), *check_sidebar(found, config)]
     print('\n'.join(wrong) if wrong else f'{len(found)} notebooks in order')
     sys.exit(bool(wrong))
 

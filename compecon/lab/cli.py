@@ -345,7 +345,7 @@ def bench_command(
     "Time a small model and the dense one in every engine that is installed here."
     _quiet()
     import torch
-    from compecon.bench import bench, bench_figure, best_of
+    from compecon.engines import bench, bench_figure, best_of
     try:
         sizes = [int(b) for b in _names(batch)]
         if threads: torch.set_num_threads(threads)

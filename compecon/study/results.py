@@ -246,7 +246,7 @@ def engine_times(
     if not within: return wide
     return wide.drop(columns=1., level=0).apply(lambda column: column/wide[1., column.name[1]])
 
-def _runs(records): # Engine and type, as in compecon.bench.ENGINES
+def _runs(records): # Engine and type, as in compecon.engines.ENGINES
     return (records.engine + ' ' + records.dtype).str.removesuffix(' float32')
 
 # %% ../../nbs/63_results.ipynb #63e0a007
