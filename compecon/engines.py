@@ -50,6 +50,7 @@ class Prepared:
     @cached_property
     def openvino_int8(self): return quantize_openvino(self.openvino, self.batches[:8])
 
+# %% ../nbs/46_engines.ipynb #46e0b005
 def _torch_int8(prepared):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # it is about to move to another package
@@ -152,6 +153,7 @@ def bench(
         table = pd.concat([table, *(_times(runs, dense.model, n, tokens, rounds) for n in batch)], axis=1)
     return table.rename_axis(['model', 'engine'])
 
+# %% ../nbs/46_engines.ipynb #46e0b001
 def _fidelity(model, dense, batches): # Of its answers to the dense model's
     found = compare_outputs(_Plain(model), dense.model, dense.outputs, batches)
     return {dense.outputs.measure.fidelity: found[dense.outputs.measure.fidelity]}
@@ -173,6 +175,7 @@ def _times(runs, dense, batch, tokens, rounds): # In turns
     table.index = pd.MultiIndex.from_tuples(table.index)
     return table
 
+# %% ../nbs/46_engines.ipynb #46e0b003
 def best_of(
     table:pd.DataFrame, # From bench
     least:float=0.9 # Fidelity

@@ -95,6 +95,7 @@ def _plain_attention(model): # Its own products: a graph of the fused operator h
         yield
     finally: model.set_attn_implementation(before)
 
+# %% ../nbs/40_export.ipynb #40e0b001
 def write_onnx(
     model:nn.Module, # A Hugging Face model on the CPU
     batch:dict, # Inputs whose names the graph gets
@@ -142,7 +143,7 @@ class Exported(nn.Module):
 
     def run(self, feed:dict[str,np.ndarray])->dict[str,np.ndarray]:
         "The answers by name"
-        raise NotImplementedError
+        raise TypeError(f'{type(self).__name__} needs a method `run(feed)`')
 
     def forward(self,
         input_ids:torch.Tensor, # `(batch, tokens)`
@@ -495,6 +496,7 @@ def _write_rest(body, folder): # What lies beside the graphs
     config.pop('quantization_config', None)  # how to cut weights, which are not here
     file.write_text(json.dumps(config, indent=2), encoding='utf-8')
 
+# %% ../nbs/40_export.ipynb #40e0b003
 def export(
     model:nn.Module, # A Hugging Face model, dense or settled, or a SentenceTransformer; it is left as it is
     tokenizer, # Of the model; `None` for a SentenceTransformer
@@ -535,6 +537,7 @@ def export(
         raise
     return table
 
+# %% ../nbs/40_export.ipynb #40e0b005
 def _export(exporter, targets, int8, least):
     file = exporter.onnx()
     if int8 and 'onnx' in targets:
