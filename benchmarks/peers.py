@@ -6,6 +6,8 @@ Run:  python benchmarks/peers.py --data DATA [--models minilm,bert,smollm2] [--s
 - `minilm` is all-MiniLM as it comes, and what `shrink` makes of it (512 texts of STS-B's training part, seed 0). Its
   answers are scored in eager torch, in ONNX Runtime and in ONNX Runtime int8, on the two halves of STS-B's validation
   part that benchmarks/shrink.py tells apart. `minilm-l3` is paraphrase-MiniLM-L3-v2 from its package, dense.
+- `minilm-by-torch` and `minilm-by-onnxruntime` ask for a share of the time that one or the other measures, in place of
+  FLOPs.
 - `bert` has BERT-base's size, and `smollm2` is SmolLM2-135M with a cache: weights of the first and structures of both
   are random, for time does not depend on them.
 
@@ -34,7 +36,8 @@ from compecon.lab.wikitext import SMOLLM2, load_decoder
 from compecon.settle import settle
 from compecon.shrink import shrink_to_all
 
-SIZES, MODELS = ('1x1', '1x16', '1x128', '8x128'), ('minilm', 'minilm-l3', 'bert', 'smollm2')
+SIZES, BY = ('1x1', '1x16', '1x128', '8x128'), 'minilm-by-'
+MODELS = 'minilm', 'minilm-l3', f'{BY}torch', f'{BY}onnxruntime', 'bert', 'smollm2'
 SCORED = 'eager', 'onnxruntime', 'onnxruntime int8'
 
 
@@ -58,15 +61,17 @@ class Subject:
         if name.startswith('minilm'):
             source = model_source(MINILM)
             self.tokenizer, self.rows = AutoTokenizer.from_pretrained(source), rows_of(args.data, 'validation')
-            dense = AutoModel.from_pretrained(source).eval() if name == 'minilm' else bert_from_onnx(L3)
+            dense = bert_from_onnx(L3) if name == 'minilm-l3' else AutoModel.from_pretrained(source).eval()
         elif self.decodes: dense, _ = load_decoder(SMOLLM2)
         else:
             torch.manual_seed(0)
             dense = BertForSequenceClassification(BertConfig(max_position_embeddings=1024)).eval()
         self.models = {1.: dense}
-        if name == 'minilm':
-            texts = texts_of(rows_of(args.data, 'train'))
-            small = shrink_to_all(dense, args.budgets, texts, self.tokenizer, seed=0, progress=False)
+        if name == 'minilm' or name.startswith(BY):
+            texts, unit = texts_of(rows_of(args.data, 'train')), 'latency' if name.startswith(BY) else 'flops'
+            engine = name.removeprefix(BY) if unit == 'latency' else 'torch'
+            small = shrink_to_all(dense, [f'{b} {unit}' for b in args.budgets], texts, self.tokenizer, seed=0,
+                                  engine=engine, progress=False)
             self.models |= dict(zip(args.budgets, (m for m, _ in small)))
         elif name != 'minilm-l3': self.models |= dict(random_settled(dense, args.budgets))
         x = dict(input_ids=torch.randint(1000, 20_000, (1, 128)))

@@ -235,13 +235,14 @@ def products(
 # %% ../../nbs/63_results.ipynb #63e0a002
 def engine_times(
     records:pd.DataFrame, # From read_runs of `peers.jsonl`
-    within:bool=False # As a share of the dense model's time in the same engine? In eager torch if not
+    within:bool=False, # As a share of the dense model's time in the same engine? In eager torch if not
+    threads:int=1 # Of torch and of the engines
     )->pd.DataFrame: # A row for each model and engine, a column for each budget and size
     "How long passes take in engines, as shares; the last measurement of each counts"
     keys = ['model', 'runs', 'budget', 'size']
     some = records.assign(size=_sizes(records).where(records.what == 'pass', records.what), runs=_runs(records))
     some = some.drop_duplicates([*keys, 'threads'], keep='last')
-    some = some[some.threads == 1]
+    some = some[some.threads == threads]
     wide = some.pivot_table('ratio', ['model', 'runs'], ['budget', 'size'], sort=False)
     if not within: return wide
     return wide.drop(columns=1., level=0).apply(lambda column: column/wide[1., column.name[1]])
@@ -257,6 +258,7 @@ def plot_engines(
     "Quality against time, a line for each engine"
     import matplotlib.pyplot as plt
     scored = records[records.score_third.notna() & (records.tokens == tokens) & (records.batch == 1)]
+    scored = scored[~scored.model.str.startswith('minilm-by-')]  # whose budgets are in time
     scored = scored.assign(runs=_runs(scored), points=100*scored.score_third)
     figure, ax = plt.subplots(figsize=(7, 4))
     for i, (runs, rows) in enumerate(scored.sort_values('budget').groupby('runs', sort=False)):
@@ -264,10 +266,12 @@ def plot_engines(
         ax.plot(ours.ms, ours.points, 'o-', color=f'C{i}', ms=5)
         ax.plot(other.ms, other.points, 'D', color=f'C{i}', ms=5)
         at = ours.iloc[-1]
-        ax.annotate(runs, (at.ms, at.points), xytext=(4, 4), textcoords='offset points', fontsize=8)
+        ax.annotate(runs.replace(' ', '\n'), (at.ms, at.points), xytext=(0, 6), textcoords='offset points',
+                    fontsize=8, ha='center')
     for at in scored[scored.model != 'minilm'].nlargest(1, 'ms').itertuples():
         ax.annotate(f'{at.model}, dense', (at.ms, at.points), xytext=(6, -3), textcoords='offset points', fontsize=8)
     ax.set(xlabel='ms a sentence', ylabel="Spearman's correlation x 100", xscale='log')
+    ax.set_xticks(ticks := [1, 2, 5, 10], map(str, ticks))
     ax.margins(x=0.2)
     plt.close(figure)
     return figure
