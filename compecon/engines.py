@@ -19,6 +19,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from .agents import example_inputs
 from .core import evaluating, mean_tokens
@@ -88,7 +89,8 @@ def installed_engines()->list[str]: # Names in ENGINES
 # %% ../nbs/46_engines.ipynb #46e0a010
 def prepare_engines(
     prepared:Prepared, # The model
-    engines:Sequence[str] # Names in ENGINES
+    engines:Sequence[str], # Names in ENGINES
+    bar=None # Of tqdm, moved on with each engine
     )->dict[str,Callable]: # By name; called as the model is
     "A model in engines; those that cannot take it are left out, with a warning"
     ready = {}
@@ -97,6 +99,7 @@ def prepare_engines(
         except Exception as e:  # engines have many ways to fail
             said = str(e).splitlines()[0] if str(e) else type(e).__name__
             warnings.warn(f'{name} is left out: {said}')
+        if bar is not None: bar.update()
     return ready
 
 def _megabytes(prepared, name, runs): # Of weights, or of the graph
@@ -124,7 +127,8 @@ def bench(
     tokens:int|None=None, # Length of each; the mean of the texts if `None`
     samples:int=64, # Texts to compare answers on
     rounds:int=9, # Turns of each
-    seed:int=0 # Of the texts that are drawn
+    seed:int=0, # Of the texts that are drawn
+    progress:bool=False # Show a bar?
     )->pd.DataFrame: # By model and engine: megabytes, fidelity, and for each batch size ms, ratio and tokens a second
     """Times of models in all engines, on this machine
 
@@ -139,18 +143,22 @@ def bench(
     dense = next(iter(bodies.values()))
     batches = [graph_inputs(b) for b in read_batches(dense, data, None, samples, 8, seed)[0]]
     tokens = tokens or min(mean_tokens(batches), batches[-1]['input_ids'].shape[1])
+    steps = len(bodies)*len(engines) + len(batch)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=steps, desc='engines', leave=False, disable=not progress))
         for body in bodies.values(): stack.enter_context(evaluating(body.model))
         runs, rows = {}, {}
         for i, (name, body) in enumerate(bodies.items()):
             prepared = Prepared(body.model, batches, Path(folder)/str(i), body.outputs.head == 'language model')
-            for engine, model in prepare_engines(prepared, engines).items():
+            for engine, model in prepare_engines(prepared, engines, bar).items():
                 runs[name, engine] = model
                 rows[name, engine] = {'megabytes': _megabytes(prepared, engine, model),
                                       **_fidelity(model, dense, batches)}
         if not runs: raise ValueError('none of these engines can take these models')
         table = pd.DataFrame.from_dict(rows, orient='index')
-        table = pd.concat([table, *(_times(runs, dense.model, n, tokens, rounds) for n in batch)], axis=1)
+        for n in batch:
+            table = pd.concat([table, _times(runs, dense.model, n, tokens, rounds)], axis=1)
+            bar.update()
     return table.rename_axis(['model', 'engine'])
 
 # %% ../nbs/46_engines.ipynb #46e0b001
@@ -183,8 +191,8 @@ def best_of(
     "The quickest whose answers stay near the dense model's"
     alike = table.columns[1]
     near = table[table[alike] >= least]
-    sizes = [c for c in table.columns if c.endswith(' ms')]
-    return {c.removesuffix(' ms'): near[c].idxmin() for c in sizes if len(near)}
+    sizes = [c for c in table.columns if c.endswith(' ratio')]
+    return {c.removesuffix(' ratio'): near[c].idxmin() for c in sizes if len(near)}
 
 # %% ../nbs/46_engines.ipynb #46e0a017
 def bench_figure(

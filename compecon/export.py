@@ -27,6 +27,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
@@ -400,8 +401,8 @@ def graph_inputs(
 
 class _Exporter:
     "Writes graphs into a folder, and knows how near each is to the model"
-    def __init__(self, body, batches, folder):
-        self.batches = [graph_inputs(b) for b in batches]
+    def __init__(self, body, batches, folder, bar):
+        self.bar, self.batches = bar, [graph_inputs(b) for b in batches]
         self.body, self.folder, self.rows = body, folder, {}
         self.model, self.outputs = body.model, body.outputs
         self.decodes = self.outputs.head == 'language model'
@@ -423,6 +424,7 @@ class _Exporter:
         return file
 
     def check(self, file, engine, precision, least=None): # Is it to be kept?
+        self.bar.update()
         runs = load_exported(file)
         error = _error(runs, self.model, self.outputs, [*self.probes, self.compared[0], self.compared[-1]])
         if self.decodes: error = max(error, _error_of_cache(runs, self.model, self.probes[1]))
@@ -510,7 +512,8 @@ def export(
     pooling:str|None=None, # As for compecon.shrink.shrink
     outputs:Outputs|None=None, # As for compecon.shrink.shrink
     least:float=0.9, # Of the fidelity of an int8 graph; one below it is not kept, with a warning
-    seed:int=0 # Of the texts that are drawn
+    seed:int=0, # Of the texts that are drawn
+    progress:bool=False # Show a bar?
     )->pd.DataFrame: # For each file engine, precision, megabytes, error, distance, fidelity, and ms of one mean text
     """Write a model for other engines, and check it
 
@@ -527,7 +530,9 @@ def export(
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'{folder.name}.'))
     try:
         _write_rest(body, part)
-        table = _export(_Exporter(body, batches, part), targets, int8, least)
+        steps = 1 + ('openvino' in targets) + bool(int8)*len(targets)
+        with tqdm(total=steps, desc='graphs', leave=False, disable=not progress) as bar:
+            table = _export(_Exporter(body, batches, part, bar), targets, int8, least)
         _write_report(table, part)
         part.chmod(0o755)
         if folder.exists(): folder.rmdir()
@@ -566,5 +571,6 @@ _VERSIONS = 'compecon', 'torch', 'transformers', 'onnx', 'onnxruntime', 'openvin
 
 def _write_report(table, folder):
     made = dict(device=device_name(), threads=torch.get_num_threads(), versions=package_versions(*_VERSIONS))
-    files = table.reset_index().to_dict('records')
+    rows = table.reset_index().to_dict('records')
+    files = [{k: v for k,v in row.items() if v == v} for row in rows]  # what was not measured is left out
     (folder/'export.json').write_text(json.dumps(made | dict(files=files), indent=2), encoding='utf-8')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'EmptyLinear', 'BiasOnly', 'cut_agents', 'keep_agents', 'round_up', 'settle', 'SettledConfig',
-           'SettledQuantizer', 'clear_rounded', 'save']
+           'SettledQuantizer', 'clear_rounded', 'check_place', 'save']
 
 # %% ../nbs/11_settle.ipynb #e37d782f
 import copy
@@ -346,15 +346,29 @@ def clear_rounded(
     economy.log_price = torch.where(opened, economy.log_values.detach() - 1, economy.log_values.detach())
     return budget.achieved(cost, total)
 
+# %% ../nbs/11_settle.ipynb #59ad77df
+def check_place(
+    folder:str|Path # Where a model is going to be saved
+    ):
+    "Raises `ValueError` for a place that has something else than a model in it, which would be lost"
+    folder = Path(folder).resolve()
+    if folder.exists() and not folder.is_dir(): raise ValueError(f'{folder} is a file: name a folder')
+    if folder in (Path.cwd(), *Path.cwd().parents):
+        raise ValueError(f'{folder} is where this process works: name a new folder')
+    models = 'config.json', 'modules.json'
+    if folder.is_dir() and any(folder.iterdir()) and not any((folder/name).exists() for name in models):
+        raise ValueError(f'{folder} is not empty, and what is in it is no model: name a new folder')
+
 # %% ../nbs/11_settle.ipynb #59ad77e0
 def save(
     model:nn.Module, # A settled (or any other) Hugging Face model
-    folder:str|Path, # Where; replaced if it exists
+    folder:str|Path, # Where; a model that is there is replaced
     tokenizer=None # Saved along if given
     )->Path: # The folder
-    "Write a model as safetensors and JSON, atomically; raises `ValueError` for a model with gates"
+    "Write a model as safetensors and JSON, atomically; raises `ValueError` for gates, and as check_place does"
     if has_gates(model):
         raise ValueError('this model has gates, which are not saved: save what `settle(economy)` gives')
+    check_place(folder)
     folder = Path(folder)
     part, old = (folder.with_name(folder.name + end) for end in ('.tmp', '.old'))
     shutil.rmtree(part, ignore_errors=True)

@@ -201,6 +201,7 @@ def load_model(
     "Any model; raises `ValueError` if it cannot be loaded"
     import transformers
     from compecon.lab.finetune import model_source
+    if name.startswith(('.', '/', '~')) and not Path(name).exists(): raise ValueError(f'{name} is not there')
     source = model_source(name)
     try:
         embeds = transformers.utils.cached_file(source, 'modules.json', _raise_exceptions_for_missing_entries=False)
@@ -230,13 +231,17 @@ def shrink_command(
         help='Texts of another kind, as --data: says how the smaller models do there.')]=None,
     engine:Annotated[str, typer.Option(
         help="That a budget in time is measured in: 'torch', 'onnxruntime' or 'openvino'.")]='torch',
-    out:Annotated[Optional[str], typer.Option(help='Folder for the smaller models and their cards.')]=None):
+    out:Annotated[Optional[str], typer.Option(
+        help='Folder for the smaller model and its card; of several, for a folder for each.')]=None):
     "Make a model smaller, without labels and without training."
     _quiet()
     from tqdm import tqdm
+    from compecon.settle import check_place
     try:
         budgets, methods = _names(budget), _names(method or ('repair' if data else 'repair,fisher,magnitude,random'))
         _check_asked(budgets, methods)
+        several = len(budgets)*len(methods) > 1
+        if out and not several: check_place(out)
         rows = read_data(data, column) if data else _demo_texts()
         others = read_data(other, column) if other else None
         if samples is None: samples = 512 if data else 256
@@ -244,7 +249,8 @@ def shrink_command(
         for m in methods:
             for small, report in _shrunk(dense, budgets, rows, tokenizer, m, samples, others, engine):
                 reports.append(report)
-                if out: tqdm.write(f'in {report.save(small, _folder(report, Path(out), len(methods)), tokenizer)}')
+                folder = _folder(report, out, methods) if several else out
+                if out: tqdm.write(f'in {report.save(small, folder, tokenizer)}')
         typer.echo(_shrink_table(reports))
     except (ValueError, ImportError) as e: _stop(e)
 
@@ -283,9 +289,9 @@ def _shrink_row(report):
     row |= {'parameters': share['million parameters'], 'time': share['milliseconds']}
     return row | {'': '█'*round(20*max(0., kept[alike]))}
 
-def _folder(report, out, methods):
+def _folder(report, out, methods): # Of one of several models
     name = report.asked.replace(' ', '-')
-    return out/(f'{report.method}-{name}' if methods > 1 else name)
+    return Path(out or '', f'{report.method}-{name}' if len(methods) > 1 else name)
 
 # %% ../../nbs/56_cli.ipynb #efb487be
 @app.command('evaluate')
@@ -313,7 +319,8 @@ _Texts = Annotated[Optional[str], typer.Option(
 
 @app.command('export')
 def export_command(
-    model:Annotated[str, typer.Argument(help='A folder, as `compecon shrink --out` makes it, or a model on the hub.')],
+    model:Annotated[str, typer.Argument(
+        help="A folder, as `compecon shrink --out` makes it, 'minilm', or a model on the hub.")],
     out:Annotated[str, typer.Option(help='A new folder.')],
     data:_Texts=None,
     column:Annotated[Optional[str], typer.Option(help='The column of texts, or two for pairs.')]=None,
@@ -326,9 +333,17 @@ def export_command(
     try:
         rows = read_data(data, column) if data else _demo_texts()
         found, tokenizer = load_model(model)
-        table = export(found.float(), tokenizer, out, rows, to=_names(to), int8='static' if static else int8)
+        table = export(found.float(), tokenizer, out, rows, to=_names(to),
+                       int8='static' if static else int8, progress=True)
     except (ValueError, ImportError, OSError, RuntimeError) as e: _stop(e)
-    typer.echo(f'\n{table.to_markdown(floatfmt=".3g")}\n\nin {out}')
+    typer.echo(f'\n{_markdown(table)}\n\n{_EXPORTED}\n\nin {out}')
+
+def _markdown(table): # What was not measured is empty
+    return table.reset_index().to_markdown(index=False, floatfmt='.3g', missingval='')
+
+_TIMES = "ms: the median of a few turns; ratio: to the first row, the median of what each turn says"
+_EXPORTED = ('error: the largest difference from an answer of torch, as a share of the largest answer. '
+             f'{_TIMES}, for one text of mean length.')
 
 @app.command('bench')
 def bench_command(
@@ -353,14 +368,15 @@ def bench_command(
         named = ([('dense', dense)] if dense else []) + [('small', folder)]
         loaded = {name: load_model(m) for name, m in named}
         models, tokenizer = {k: m.float() for k, (m, _) in loaded.items()}, next(iter(loaded.values()))[1]
-        table = bench(models, tokenizer, rows, _names(engines) if engines else None, sizes)
+        table = bench(models, tokenizer, rows, _names(engines) if engines else None, sizes, progress=True)
         if picture: bench_figure(table).savefig(picture)
     except (ValueError, ImportError, OSError, RuntimeError) as e: _stop(e)
-    typer.echo(f'\n{table.reset_index().to_markdown(index=False, floatfmt=".3g")}\n')
-    best = best_of(table)
-    if not best: typer.echo('none has a fidelity of at least 0.9')
+    best, alike = best_of(table), table.columns[1]
+    typer.echo(f'\n{_markdown(table)}\n\n{_TIMES}. 1x16: one sequence of 16 tokens. {alike}: to the first row, on '
+               'these texts; those that a model was made with flatter it.\n')
+    if not best: typer.echo(f'none has a {alike} of at least 0.9')
     for size, (name, engine) in best.items():
-        typer.echo(f'{size}: {name} in {engine} is the quickest with a fidelity of at least 0.9')
+        typer.echo(f'{size}: {name} in {engine} is the quickest with a {alike} of at least 0.9')
 
 # %% ../../nbs/56_cli.ipynb #cf4c1afa
 @app.command('kernels')

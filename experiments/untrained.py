@@ -1,0 +1,133 @@
+"""How much perplexity does a decoder lose with its parameters, without any training, by ours and by rivals?
+
+Run:  python experiments/untrained.py --data DATA [--methods repair,osscar,...] [--params 0.9,0.8,0.7,0.5] [--seeds 3]
+          [--texts wikitext,python] [--windows 96] [--steps 0]
+
+SmolLM2-135M (instruction-tuned, dequantised from 4 bits) as it comes. Every method sees the same windows of 256 tokens,
+drawn by the seed from the first nine tenths of WikiText-103's validation split, or from Python's language reference,
+and is scored on the first --test-tokens of WikiText-103's test split (as WikiText counts), in windows of 512 tokens.
+`score` is perplexity by the token, `relative` what it loses. `params` is the share of the whole model's parameters
+that was asked for, `achieved` what the settled model has.
+
+`repair` is compecon.shrink as it comes; METHODS of compecon.lab.rivals choose single neurons where `repair` has blocks
+of 32. `fisher` and `magnitude` are methods of compecon.shrink that change no weights. `sleb` looks at --looks windows
+only, for it runs the model once for each layer that is left and each that goes. `slicegpt` counts its maps and a head
+of its own. With --steps, the small models recover for so many steps of 4 windows, taught by the dense one.
+
+`seconds` and `memory_mb` (the most that the process held) are a method's own. A run leaves its line in RECORDS when it
+ends; run again, the script resumes.
+"""
+import copy
+import time
+from pathlib import Path
+
+import torch
+
+from compecon.economy import Economy
+from compecon.lab.decoders import count_params, first_tokens
+from compecon.lab.records import append_line, now, provenance, read_runs
+from compecon.lab.rivals import RIVALS, slice_gpt, sliced_params
+from compecon.lab.scripts import is_recorded, read_args, script_parser
+from compecon.lab.wikitext import (SMOLLM2, detokenize, encode, lm_batches, lm_loss, load_decoder, load_wikitext,
+                                   perplexity, python_reference, tune)
+from compecon.settle import settle
+from compecon.shrink import SHRINK_METHODS, shrink
+
+METHODS, TEXTS, LENGTH = (*SHRINK_METHODS, *RIVALS, 'slicegpt'), ('wikitext', 'python'), 256
+
+
+class Memory:
+    "The most that this process holds while it is entered, in megabytes; nothing where Linux does not say"
+    megabytes = None
+    def __enter__(self):
+        try: Path('/proc/self/clear_refs').write_text('5')
+        except OSError: pass
+        return self
+    def __exit__(self, *_):
+        status = Path('/proc/self/status')
+        if not status.exists(): return
+        peak = next(line for line in status.read_text().splitlines() if line.startswith('VmHWM'))
+        self.megabytes = int(peak.split()[1])/1024
+
+
+class Subject:
+    "A decoder, what methods see of a text, and how it is scored"
+    def __init__(self, args):
+        self.args = args
+        self.dense, self.tokenizer = load_decoder(SMOLLM2)
+        wikitext = load_wikitext(args.data)
+        validation = wikitext['validation']
+        texts = dict(wikitext=detokenize(validation[:len(validation)*9//10]), python=python_reference()['train'])
+        self.ids = {name: encode(self.tokenizer, texts[name]) for name in args.texts}
+        self.test = first_tokens(wikitext['test'], args.test_tokens)
+        self.score_of_dense = self.score(self.dense)
+
+    def score(self, model): return perplexity(model, self.tokenizer, self.test, 512, 512, detokenize)['token']
+
+    def windows(self, text, seed): # Pairs of inputs and next tokens
+        batches = lm_batches(self.ids[text], LENGTH, 4, seed)
+        return batches[:self.args.windows//4]
+
+    def small(self, method, share, pairs, seed):
+        "A smaller model, and how many parameters it has"
+        if method == 'slicegpt':
+            width = max(w for w in range(1, self.dense.config.hidden_size)
+                        if sliced_params(self.dense, w) <= share*count_params(self.dense))
+            return slice_gpt(self.dense, width, [x for x, _ in pairs]), sliced_params(self.dense, width)
+        if method in SHRINK_METHODS:
+            batches = [dict(x, attention_mask=torch.ones_like(x['input_ids'])) for x, _ in pairs]
+            small, _ = shrink(self.dense, f'{share} params', batches, method=method, seed=seed, progress=False)
+            return small, count_params(small)
+        economy = Economy(copy.deepcopy(self.dense), LENGTH, block_size=1)
+        options = dict(loss_func=lm_loss) if method == 'sleb' else {}
+        RIVALS[method](economy, f'{share} params', pairs[:self.args.looks//4] if method == 'sleb' else pairs, **options)
+        small = settle(economy)
+        return small, count_params(small)
+
+
+def run(subject, text, method, share, seed, args):
+    pairs, start = subject.windows(text, seed), time.perf_counter()
+    with Memory() as memory: small, params = subject.small(method, share, pairs, seed)
+    seconds = time.perf_counter() - start
+    if args.steps: tune(small, pairs, args.steps, args.lr, subject.dense, seed=seed)
+    found, dense = subject.score(small), subject.score_of_dense
+    append_line(dict(model=SMOLLM2, text=text, method=method, seed=seed, params=share,
+                     achieved=params/count_params(subject.dense), steps=args.steps, metric='perplexity', score=found,
+                     dense=dense, relative=found/dense - 1, seconds=round(seconds, 1), memory_mb=memory.megabytes,
+                     windows=args.windows, test_tokens=args.test_tokens, **{**args.origin, 'when': now()}),
+                args.records)
+    print(f'{text}, {method} seed {seed} at {share}: {found:.2f} ({found/dense - 1:+.0%}), {seconds:.0f} s', flush=True)
+
+
+def table(runs):
+    "Perplexity gained, in percent: mean over seeds and their number"
+    cells = runs.groupby(['text', 'steps', 'method', 'params']).relative.agg(['mean', 'count'])
+    shown = cells.apply(lambda r: f'{100*r["mean"]:+.0f} ({r["count"]:.0f})', axis=1)
+    return shown.unstack('params').fillna('').to_markdown()
+
+
+def main():
+    methods = 'repair,grail,osscar,slimgpt,flap,wanda_sp,shortgpt,fisher'
+    parser = script_parser(__doc__, data=dict(required=True), methods=methods, seeds=1,
+                           records='results/untrained.jsonl')
+    parser.add_argument('--texts', default='wikitext', help='that methods see, separated by commas: wikitext, python')
+    parser.add_argument('--params', default='0.9,0.8,0.7,0.5', help="shares of the dense model's parameters")
+    parser.add_argument('--windows', type=int, default=96, help='of 256 tokens, that methods see')
+    parser.add_argument('--looks', type=int, default=4, help='windows that sleb sees')
+    parser.add_argument('--steps', type=int, default=0, help='of recovery')
+    parser.add_argument('--lr', type=float, default=2e-4, help='of recovery')
+    parser.add_argument('--test-tokens', type=int, default=10_000, help='of the test split that is read')
+    args = read_args(parser, dict(methods=METHODS, texts=TEXTS), apart=['records'])
+    args.origin, subject = provenance(), Subject(args)
+    for seed in range(args.first, args.first + args.seeds):
+        for text in args.texts:
+            for share in map(float, args.params.split(',')):
+                for method in args.methods:
+                    wanted = dict(text=text, method=method, params=share, seed=seed, steps=args.steps,
+                                  windows=args.windows, test_tokens=args.test_tokens)
+                    if is_recorded(read_runs(args.records).to_dict('records'), wanted): continue
+                    run(subject, text, method, share, seed, args)
+    print(table(read_runs(args.records)))
+
+
+if __name__ == '__main__': main()
