@@ -33,6 +33,7 @@ from .agents import example_inputs, find_agents, reorder_neurons
 from .budget import measure_latency
 from .core import Budget, batch_tokens, evaluating, has_gates, mean_tokens, model_inputs, package_versions
 from .cost import longest_input
+from .demand import demand_values, measure_demand, sort_by_refit
 from .economy import Economy, layer_table
 from .flops import latency
 from .importance import activation, magnitude, random_importance
@@ -353,6 +354,20 @@ _CANDIDATES = (0.03, 0.25), (0.1, 0.25), (0.1, 0.5) # Share of activations, and 
 def _temper(economy, values, power): # Less of what tells sub-layers apart
     return torch.cat([v/v.mean().clamp_min(1e-12)**power for v in economy.split(values)])
 
+def _by_demand(method, outputs): return method == 'repair' and outputs.head == 'language model'
+
+_PROBED = 512 # Tokens on which demand is measured
+
+def _first_tokens(batches, most): # Sequences of the first batches, until there are so many tokens
+    found = []
+    for b in batches:
+        width = b['input_ids'].shape[1]
+        rows = min(len(b['input_ids']), -(-most//width))
+        found.append({k: v[:rows] for k,v in b.items()})
+        most -= rows*width
+        if most <= 0: break
+    return found
+
 def _sort(model, method, outputs, batches, tokens, seed): # Neurons by importance, in place
     economy = Economy(model, tokens, block_size=1)
     usual = 'fisher' if method == 'repair' else method
@@ -368,6 +383,7 @@ class _Shrinker:
         self.engine = engine
         self.dense, self.outputs, self.method, self.seed, self.clock = model, outputs, method, seed, clock
         self.multiple, self.other, self.curves, self.known = multiple, other, None, None
+        self.by_demand = _by_demand(method, outputs)
         self.aside, self.choose, self.fit = _split_batches(batches, seed)
         self.tokens = int(min(mean_tokens(batches), longest_input(model)))
         self.block_size = block_size or usual_block_size(model)
@@ -396,14 +412,26 @@ class _Shrinker:
 
     def look(self): # Sort neurons, and find values
         self.economy.remove()
+        if self.by_demand: self._look_at_demand()
+        else: self._look_at_importance()
+        self.weights = [copy.deepcopy(s.out_proj.state_dict()) for s in self.economy.sublayers]
+        if self.method != 'repair': return
+        with self.clock('repair'):
+            if len(self.candidates) > 1: self.third = RepairTargets(self.economy, self.fit[::3])
+            self.all = RepairTargets(self.economy, self.fit + self.choose)
+
+    def _look_at_importance(self):
         with self.clock('sort'): _sort(self.work, self.method, self.outputs, self.fit, self.tokens, self.seed)
         self.economy = Economy(self.work, self.tokens, self.block_size)
         with self.clock('score'):
             self.candidates = _values(self.economy, self.method, self.outputs, self.fit, self.seed)
-        self.weights = [copy.deepcopy(s.out_proj.state_dict()) for s in self.economy.sublayers]
-        if self.method != 'repair': return
-        parts = self.fit[::3], self.fit + self.choose  # a third tells candidates apart
-        with self.clock('repair'): self.third, self.all = (RepairTargets(self.economy, part) for part in parts)
+
+    def _look_at_demand(self):
+        with self.clock('sort'): refits = sort_by_refit(self.work, self.fit, self.tokens)
+        self.economy = Economy(self.work, self.tokens, self.block_size)
+        with self.clock('score'):
+            demands = measure_demand(self.economy, refits, _first_tokens(self.choose, _PROBED), self.outputs)
+            self.candidates = [demand_values(self.economy, demands)]
 
     def unlikeness(self, batches): # Of texts to those that are looked at
         if self.known is None: self.known = _Known(self.dense, self.fit + self.choose)
@@ -426,8 +454,9 @@ class _Shrinker:
 
     def bring_to(self, budget): # What was achieved
         if self.method != 'repair': return self.start(self.candidates[0], budget)
-        errors = [self.error(v, budget) for v in self.candidates]
-        achieved = self.start(self.candidates[errors.index(min(errors))], budget)
+        best = self.candidates[0]
+        if len(self.candidates) > 1: best = min(self.candidates, key=lambda v: self.error(v, budget))
+        achieved = self.start(best, budget)
         with self.clock('repair'): repair(self.economy, self.all)
         return achieved
 
@@ -483,7 +512,8 @@ def _steps(budgets, method, outputs): # Of the bar
     timed = any(b.unit in ('ms', 'latency') for b in budgets)
     first = 3 + timed + (outputs.head == 'sequence to sequence')  # check, sort, score
     if method != 'repair': return first + len(budgets)  # the report
-    return first + 1 + len(budgets)*5  # targets; three candidates, the repair, the report
+    candidates = 0 if _by_demand(method, outputs) else len(_CANDIDATES)  # that have to be compared
+    return first + 1 + len(budgets)*(candidates + 2)  # targets; the candidates, the repair, the report
 
 def _one_by_one(shrinker, body, budgets, said):
     clock = shrinker.clock
