@@ -103,7 +103,6 @@ def sort_by_refit(
     try: refits = local_refits(economy, batches)
     finally: economy.remove()
     for sublayer, refit in zip(economy.sublayers, refits):
-        refit.width = sublayer.width
         if sublayer.kind != 'block': continue
         order = refit.removal_order(max(1, sublayer.n//96)).flip(0)
         reorder_neurons(sublayer, order.cpu())

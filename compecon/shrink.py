@@ -31,7 +31,8 @@ from transformers.utils import logging
 
 from .agents import example_inputs, find_agents, reorder_neurons
 from .budget import measure_latency
-from .core import Budget, batch_tokens, evaluating, has_gates, mean_tokens, model_inputs, package_versions
+from .core import (Budget, batch_tokens, evaluating, has_gates, mean_tokens, model_inputs, package_versions,
+                           width_in, width_out)
 from .cost import longest_input
 from .demand import demand_values, measure_demand, sort_by_refit
 from .economy import Economy, layer_table
@@ -354,7 +355,12 @@ _CANDIDATES = (0.03, 0.25), (0.1, 0.25), (0.1, 0.5) # Share of activations, and 
 def _temper(economy, values, power): # Less of what tells sub-layers apart
     return torch.cat([v/v.mean().clamp_min(1e-12)**power for v in economy.split(values)])
 
-def _by_demand(method, outputs): return method == 'repair' and outputs.head == 'language model'
+_ROOM = 2**32 # Bytes that what is known of all sub-layers may take; larger decoders go by importance scores
+
+def _by_demand(model, method, outputs): # Are values measured?
+    if method != 'repair' or outputs.head != 'language model': return False
+    sizes = [(width_in(s.out_proj), width_out(s.out_proj)) for s in find_agents(model, 1)]
+    return sum(4*wide*(wide + out) for wide, out in sizes) < _ROOM
 
 _PROBED = 512 # Tokens on which demand is measured
 
@@ -383,7 +389,7 @@ class _Shrinker:
         self.engine = engine
         self.dense, self.outputs, self.method, self.seed, self.clock = model, outputs, method, seed, clock
         self.multiple, self.other, self.curves, self.known = multiple, other, None, None
-        self.by_demand = _by_demand(method, outputs)
+        self.by_demand = _by_demand(model, method, outputs)
         self.aside, self.choose, self.fit = _split_batches(batches, seed)
         self.tokens = int(min(mean_tokens(batches), longest_input(model)))
         self.block_size = block_size or usual_block_size(model)
@@ -491,7 +497,7 @@ def shrink_to_all(
         try: others = None if other is None else read(other)[0]
         except ValueError as e: raise ValueError(f'other: {e}') from None
     shrinker = _Shrinker(body.model, batches, others, body.outputs, method, block_size, multiple, seed, clock, engine)
-    clock.begin(progress, _steps(budgets, method, body.outputs))
+    clock.begin(progress, _steps(budgets, method, shrinker))
     try:
         shrinker.check(budgets)
         return _one_by_one(shrinker, body, budgets, said)
@@ -508,11 +514,11 @@ def _check_options(budgets, method, samples, batch, multiple):
         if not isinstance(value, int) or value < least:
             raise ValueError(f'{name}={value!r} must be a whole number, at least {least}')
 
-def _steps(budgets, method, outputs): # Of the bar
+def _steps(budgets, method, shrinker): # Of the bar
     timed = any(b.unit in ('ms', 'latency') for b in budgets)
-    first = 3 + timed + (outputs.head == 'sequence to sequence')  # check, sort, score
+    first = 3 + timed + (shrinker.outputs.head == 'sequence to sequence')  # check, sort, score
     if method != 'repair': return first + len(budgets)  # the report
-    candidates = 0 if _by_demand(method, outputs) else len(_CANDIDATES)  # that have to be compared
+    candidates = 0 if shrinker.by_demand else len(_CANDIDATES)  # that have to be compared
     return first + 1 + len(budgets)*(candidates + 2)  # targets; the candidates, the repair, the report
 
 def _one_by_one(shrinker, body, budgets, said):
