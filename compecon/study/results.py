@@ -37,6 +37,7 @@ _LM = ('python experiments/wikitext.py --data DATA --seeds 3 --batch 2 --steps 6
        '--dtype bfloat16 --test-tokens 20000 --context 512 --stride 512')
 _CONTEXT = 'python experiments/context.py --data DATA'
 _LATENCY = 'python benchmarks/latency.py'
+_PEERS = 'python benchmarks/peers.py --data DATA'
 _SIZES = '1x1,1x16,1x128,8x1,8x16,8x128,1x1024'
 _SCARCITY = 'python experiments/scarcity.py --data DATA'
 _RATIONALITY = 'python experiments/rationality.py --data DATA --methods taylor,signed --budgets 0.4'
@@ -73,6 +74,9 @@ _TRAINED = [
            'stsb,cola,mnli --methods trainer,fastai'),
     Source('wikitext.jsonl', 'how much perplexity does a decoder lose with its parameters?', _all(
         f'{_LM} --methods repair --lr 2e-4', f'{_LM} --methods taylor,fisher,any-price --lr 3e-4')),
+    Source('untrained.jsonl', 'and without any training, by ours and by rivals?',
+           'python experiments/untrained.py --data DATA --params 0.8 '
+           '--methods repair,grail,osscar,slimgpt,flap,wanda_sp,shortgpt,slicegpt'),
     Source('context.jsonl', 'do gates pay that read their input?', _all(
         f'{_CONTEXT} --task cola', f'{_CONTEXT} --task stsb --seeds 1'))]
 
@@ -83,7 +87,10 @@ _SPEED = [
         f'{_LATENCY} --sizes {_SIZES} --backends eager,packed,packed_int8',
         f'{_LATENCY} --models minilm --backends compiled,onnx,int8,bfloat16')),
     Source('peers.jsonl', 'does the saving multiply in the engines that people have?',
-           'python benchmarks/peers.py --data DATA'),
+           _all(f'{_PEERS} --models minilm,minilm-l3,bert,smollm2',
+                f'{_PEERS} --models minilm,bert,smollm2 --threads 2 --rounds 5',
+                f'{_PEERS} --models minilm-by-torch,minilm-by-onnxruntime --budgets 0.5,0.35 '
+                '--sizes 1x1,1x16,1x128 --engines "eager,onnxruntime,onnxruntime int8"')),
     Source('generation.jsonl', 'how fast does a settled decoder write?',
            'python benchmarks/generation.py --threads 1')]
 
