@@ -117,6 +117,14 @@ def check_pages(found):
         yield f'{names.count(name)} notebooks write the page {name}.html: rename all but one'
 
 
+def check_links(found):
+    "nbdev links a name in backquotes by itself, which breaks a link around it"
+    for path, cells in found:
+        for cell in cells:
+            for text in re.findall(r'\[`\w+`\]\([^)]*\)', source(cell) if cell['cell_type'] == 'markdown' else ''):
+                yield f'{path}: {text} is no link on its page: take the backquotes off'
+
+
 def check_sidebar(found, config):
     "Every notebook is in the sidebar, once"
     contents = config['website']['sidebar']['contents']
@@ -136,7 +144,8 @@ def main():
     scripts = [p for folder in folders for p in sorted(Path(folder).glob('*.py'))]
     config = yaml.safe_load(Path('_quarto.yml').read_text(encoding='utf-8'))
     wrong = [*check_imports(found), *check_package(Path('compecon')), *check_lines(found, scripts),
-             *check_titles(found, Path('nbs')), *check_pages(found), *check_sidebar(found, config)]
+             *check_titles(found, Path('nbs')), *check_pages(found), *check_links(found),
+             *check_sidebar(found, config)]
     print('\n'.join(wrong) if wrong else f'{len(found)} notebooks in order')
     sys.exit(bool(wrong))
 
