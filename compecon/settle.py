@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'EmptyLinear', 'BiasOnly', 'cut_agents', 'keep_agents', 'round_up', 'settle', 'SettledConfig',
-           'SettledQuantizer', 'clear_rounded', 'check_place', 'save']
+           'SettledQuantizer', 'clear_rounded', 'settle_vocabulary', 'check_place', 'save']
 
 # %% ../nbs/11_settle.ipynb #e37d782f
 import copy
@@ -30,6 +30,7 @@ from .core import Budget, has_gates, width_out
 from .curves import CostCurves
 from .economy import Economy
 from .gates import remove_gates
+from .vocabulary import factor_vocabulary, set_rows
 
 # %% ../nbs/11_settle.ipynb #12985be4
 def _attend(module, query, key, value, attention_mask, **kwargs):
@@ -247,7 +248,7 @@ def _config(economy, kept): # What was kept, in agents of the dense model
         now = _in_units(s, kept.get(s.name), economy.block_size//unit)
         if now is None and earlier: record[s.name] = earlier
         if now is not None: record[s.name] = [earlier[a] for a in now] if earlier else now
-    return SettledConfig(kept=record, block_size=unit)
+    return SettledConfig(kept=record, block_size=unit, vocabulary=before.vocabulary)
 
 def _in_units(sublayer, agents, size): # Numbers of blocks that are `size` times smaller
     if agents is None or sublayer.kind == 'head': return agents
@@ -256,21 +257,26 @@ def _in_units(sublayer, agents, size): # Numbers of blocks that are `size` times
 # %% ../nbs/11_settle.ipynb #e580af06
 class SettledConfig(QuantizationConfigMixin):
     "The entry `quantization_config` of a settled model; raises `ValueError` for a description that cannot be"
+    vocabulary = None
     def __init__(self,
         kept:dict[str,list[int]]|None=None, # For each sub-layer that lost agents: the numbers of those kept
         block_size:int|None=None, # Neurons of a block; 32 if `None`
         format:int=2, # Of this description
         block:int|None=None, # The name of `block_size` in format 2
+        vocabulary:list[int]|None=None, # Rows in full, and directions of the others, if its vocabulary is factored
         **_
         ):
-        if format not in (2, 3):
-            raise ValueError(f'this settled model has format {format!r}; this version of compecon reads 2 and 3')
+        if format not in (2, 3, 4):
+            raise ValueError(f'this settled model has format {format!r}; this version of compecon reads 2, 3 and 4')
         if not isinstance(kept, dict) or not all(isinstance(v, list) for v in kept.values()):
             raise ValueError(f'a settled model must say which agents were kept: `kept` is {kept!r}')
         block_size = next((b for b in (block_size, block, 32) if b is not None))
         if not isinstance(block_size, int) or block_size < 1:
             raise ValueError(f'block_size={block_size!r} must be a whole number of neurons')
+        if vocabulary is not None and not (isinstance(vocabulary, list) and len(vocabulary) == 2):
+            raise ValueError(f'vocabulary={vocabulary!r} must be a number of rows and a number of directions')
         self.quant_method, self.kept, self.block_size, self.format = 'compecon', kept, block_size, 3
+        if vocabulary is not None: self.vocabulary, self.format = vocabulary, 4
     def get(self, key, default=None): return getattr(self, key, default)
 
 # %% ../nbs/11_settle.ipynb #13cb7eb7
@@ -302,7 +308,9 @@ class SettledQuantizer(HfQuantizer):
     requires_calibration = True
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **_):
         config = self.quantization_config
-        with torch.device('cpu'): keep_agents(model, config.kept, config.block_size)  # the weights are on no device yet
+        with torch.device('cpu'):  # the weights are on no device yet
+            keep_agents(model, config.kept, config.block_size)
+            if config.vocabulary: factor_vocabulary(model, *config.vocabulary)
         _check_shapes(model, checkpoint_files)
     def postprocess_model(self, model, **_):
         for m in model.modules():
@@ -345,6 +353,22 @@ def clear_rounded(
         raise ValueError(f'budget={str(budget)!r} is too small for widths that are multiples of {multiple}')
     economy.log_price = torch.where(opened, economy.log_values.detach() - 1, economy.log_values.detach())
     return budget.achieved(cost, total)
+
+# %% ../nbs/11_settle.ipynb #6ab6ca71
+def settle_vocabulary(
+    model:nn.Module, # A settled model, or a dense one; changed in place
+    full:int, # Tokens with rows of their own
+    rank:int, # Directions of the others
+    order:torch.Tensor, # `(tokens,)`: tokens, the most frequent first
+    weights:torch.Tensor, # `(tokens,)`: how often each comes
+    metric:torch.Tensor # `(features, features)`, as for compecon.vocabulary.nearest_rows
+    )->nn.Module: # The same model
+    "Factor the rows of rare tokens; raises `ValueError` as compecon.vocabulary.factor_vocabulary does"
+    rows = model.get_input_embeddings().weight
+    set_rows(factor_vocabulary(model, full, rank), rows, order, weights, metric)
+    record = getattr(model.config, 'quantization_config', None) or SettledConfig(kept={})
+    model.config.quantization_config = SettledConfig(record.kept, record.block_size, vocabulary=[full, rank])
+    return model
 
 # %% ../nbs/11_settle.ipynb #59ad77df
 def check_place(

@@ -34,14 +34,16 @@ from .budget import measure_latency
 from .core import (Budget, batch_tokens, evaluating, has_gates, mean_tokens, model_inputs, package_versions,
                            width_in, width_out)
 from .cost import longest_input
-from .demand import demand_values, measure_demand, sort_by_refit
+from .demand import (demand_at, demand_values, fewer_directions, measure_demand, measure_vocabulary,
+                             sort_by_refit, vocabulary_sizes)
 from .economy import Economy, layer_table
 from .flops import latency
 from .importance import activation, magnitude, random_importance
 from .outputs import MEASURES, Outputs, compare_outputs, outputs_of, own_fisher
 from .picture import picture, who_is_open
 from .repair import RepairTargets, repair
-from .settle import clear_rounded, save, settle
+from .settle import clear_rounded, save, settle, settle_vocabulary
+from .vocabulary import shares_vocabulary
 
 # %% ../nbs/33_shrink.ipynb #dda96b97
 def read_texts(
@@ -256,6 +258,10 @@ def _number(x): # As text; empty if it is not there
     if isinstance(x, str) or math.isnan(x): return x if isinstance(x, str) else ''
     return f'{x:,.0f}' if abs(x) >= 1000 else f'{x:.4g}'
 
+def _said_of(vocabulary):
+    if vocabulary is None: return ''
+    return f'{vocabulary[0]:,} tokens have rows of their own; those of all others share {vocabulary[1]} directions. '
+
 @dataclass
 class Report:
     "What was asked and achieved; shows itself as tables and a picture"
@@ -277,6 +283,7 @@ class Report:
     other: dict[str,float]|None=None # As `fidelity`, on the texts of another kind
     seconds: dict[str,float] = field(default_factory=dict) # By step
     library: str='transformers' # Whose class the model is of
+    vocabulary: tuple[int,int]|None=None # Rows in full, and directions that all others share; `None` if all are in full
 
     def __repr__(self):
         kept = ', '.join(f'{k} {v:.4f}' for k,v in self.fidelity.items())
@@ -296,6 +303,7 @@ class Report:
         return [f'{self.model}, {self.head}, by the method {self.method}: asked for {self.asked}, '
                 f'it has {_number(self.achieved)}. Seconds that it took: {took}. FLOPs and milliseconds are those of a '
                 f'sequence of {self.tokens} tokens.', self.costs, near + '):', self.kept(),
+                _said_of(self.vocabulary) +
                 'Heads and neuron blocks that are left, and what they cost (spend: share of the dense model\'s FLOPs; '
                 'fixed: what is no head and no neuron):', self.layers]
 
@@ -385,11 +393,13 @@ def _sort(model, method, outputs, batches, tokens, seed): # Neurons by importanc
 # %% ../nbs/33_shrink.ipynb #44949999
 class _Shrinker:
     "A copy of a model, with values, that can be brought to one budget after the other"
-    def __init__(self, model, batches, other, outputs, method, block_size, multiple, seed, clock, engine='torch'):
+    def __init__(self, model, batches, other, outputs, method, block_size, multiple, vocabulary, seed, clock, engine):
         self.engine = engine
         self.dense, self.outputs, self.method, self.seed, self.clock = model, outputs, method, seed, clock
         self.multiple, self.other, self.curves, self.known = multiple, other, None, None
         self.by_demand = _by_demand(model, method, outputs)
+        factors = vocabulary and self.by_demand and shares_vocabulary(model)
+        self.sizes, self.size, self.rows = vocabulary_sizes(model) if factors else [], None, None
         self.aside, self.choose, self.fit = _split_batches(batches, seed)
         self.tokens = int(min(mean_tokens(batches), longest_input(model)))
         self.block_size = block_size or usual_block_size(model)
@@ -398,7 +408,8 @@ class _Shrinker:
 
     def check(self, budgets): # Below the floor, it says so here, before any work
         if any(b.unit in ('ms', 'latency') for b in budgets): self._measure()
-        for b in budgets: self._clear(b)
+        smallest = self.sizes[-1] if self.sizes else None
+        for b in budgets: self._clear(self._leaving(b, smallest))
         if self.outputs.head == 'sequence to sequence': self._write()
         with self.clock('check'): _check_outputs(self.dense, self.outputs, [*self.aside, *self.choose, *self.fit])
 
@@ -433,11 +444,14 @@ class _Shrinker:
             self.candidates = _values(self.economy, self.method, self.outputs, self.fit, self.seed)
 
     def _look_at_demand(self):
-        with self.clock('sort'): refits = sort_by_refit(self.work, self.fit, self.tokens)
+        with self.clock('sort'):
+            refits, words = sort_by_refit(self.work, self.fit, self.tokens, self.outputs, self.seed)
         self.economy = Economy(self.work, self.tokens, self.block_size)
         with self.clock('score'):
-            demands = measure_demand(self.economy, refits, _first_tokens(self.choose, _PROBED), self.outputs)
-            self.candidates = [demand_values(self.economy, demands)]
+            probes = _first_tokens(self.choose, _PROBED)
+            self.demands = measure_demand(self.economy, refits, probes, self.outputs)
+            self.candidates = [demand_values(self.economy, self.demands)]
+            if self.sizes: self.rows = measure_vocabulary(self.work, words, self.fit, self.choose, self.outputs)
 
     def unlikeness(self, batches): # Of texts to those that are looked at
         if self.known is None: self.known = _Known(self.dense, self.fit + self.choose)
@@ -447,6 +461,7 @@ class _Shrinker:
 
     def start(self, values, budget): # From the dense weights
         for s, state in zip(self.economy.sublayers, self.weights): s.out_proj.load_state_dict(state)
+        torch.clear_autocast_cache()  # it has casts of the weights before
         self.economy.values = values
         return self._clear(budget)
 
@@ -462,9 +477,41 @@ class _Shrinker:
         if self.method != 'repair': return self.start(self.candidates[0], budget)
         best = self.candidates[0]
         if len(self.candidates) > 1: best = min(self.candidates, key=lambda v: self.error(v, budget))
-        achieved = self.start(best, budget)
-        with self.clock('repair'): repair(self.economy, self.all)
-        return achieved
+        self.size = self._best_size(best, budget)
+        achieved = self.start(best, self._leaving(budget, self.size))
+        with self.clock('repair'), fewer_directions(self.work, self.rows, self.size): repair(self.economy, self.all)
+        return achieved if self.size is None else self._achieved(budget, achieved)
+
+    def settled(self): # The smaller model
+        small = settle(self.economy)
+        if self.size is None: return small
+        return settle_vocabulary(small, *self.size, self.rows.order, self.rows.weights, self.rows.metric)
+
+    def _best_size(self, values, budget): # Of the vocabulary: agents and rows together should lose least
+        if self.rows is None or budget.unit not in ('flops', 'params'): return None
+        lost = {}
+        for size, distance in zip([None, *self.rows.sizes], [0., *self.rows.distances]):
+            try: self.start(values, self._leaving(budget, size))
+            except ValueError: continue  # with so many rows too little is left for agents
+            lost[size] = distance + demand_at(self.economy, self.demands)
+        return min(lost, key=lost.get)
+
+    def _leaving(self, budget, size): # A budget that, with all rows in full, leaves agents what this one does
+        if size is None or budget.unit not in ('flops', 'params'): return budget
+        total = self._total(budget.unit)
+        share = (budget.limit(total) + self.saved(size)[budget.unit])/total
+        return Budget(f'{min(share, 1.)!r} {budget.unit}')
+
+    def _achieved(self, budget, share): # In the terms of the budget, where agents and rows in full have this share
+        total = self._total(budget.unit)
+        return budget.achieved(share*total - self.saved(self.size)[budget.unit], total)
+
+    def _total(self, unit): return self.economy.prices.total if unit == 'flops' else self.economy.curves(unit).total
+
+    def saved(self, size): # By a table in two parts
+        (full, rank), (tokens, width) = size, self.dense.get_input_embeddings().weight.shape
+        params = (tokens - full)*(width - rank) - rank*width
+        return dict(params=params, flops=2*self.tokens*(params - rank*width))  # directions are also used at the input
 
 # %% ../nbs/33_shrink.ipynb #af395499
 def shrink_to_all(
@@ -482,6 +529,7 @@ def shrink_to_all(
     pooling:str|None=None, # Of the embedding of a bare encoder: 'mean' if `None`, or 'first'
     outputs:Outputs|None=None, # What has to be kept; that of the model's head if `None`
     other=None, # Texts of another kind, as `data`: the report says how the smaller models do there
+    vocabulary:bool=True, # May rows of rare tokens share directions, in a language model? See compecon.vocabulary
     engine:str='torch', # That a budget in time is measured in, see compecon.budget.measure_latency
     seed:int=0, # Of all that is drawn
     progress:bool=True # Show a bar?
@@ -496,7 +544,8 @@ def shrink_to_all(
         (batches, said), others = read(data), None
         try: others = None if other is None else read(other)[0]
         except ValueError as e: raise ValueError(f'other: {e}') from None
-    shrinker = _Shrinker(body.model, batches, others, body.outputs, method, block_size, multiple, seed, clock, engine)
+    shrinker = _Shrinker(body.model, batches, others, body.outputs, method, block_size, multiple, vocabulary, seed,
+                         clock, engine)
     clock.begin(progress, _steps(budgets, method, shrinker))
     try:
         shrinker.check(budgets)
@@ -529,7 +578,7 @@ def _one_by_one(shrinker, body, budgets, said):
         for budget in budgets:
             clock.seconds = dict(before)
             achieved = shrinker.bring_to(budget)
-            small = settle(shrinker.economy)
+            small = shrinker.settled()
             with clock('report'): report = _report(shrinker, small, budget, achieved)
             report.seconds, report.data = dict(clock.seconds), said
             if body.wrapped: report.library = 'sentence-transformers'
@@ -703,7 +752,10 @@ def _report(shrinker, small, budget, achieved):
     x = example_inputs(dense, shrinker.tokens)
     with torch.no_grad(), evaluating(dense), evaluating(small):
         times = latency({'dense': lambda: dense(**x), 'small': lambda: small(**x)}, rounds=9, turn=0.05).ms.tolist()
-    flops = [economy.prices.total/1e6, economy.prices.total*economy.spend()/1e6]
+    saved = shrinker.saved(shrinker.size)['flops']/economy.prices.total if shrinker.size else 0.
+    flops = [economy.prices.total/1e6, economy.prices.total*(economy.spend() - saved)/1e6]
+    layers = layer_table(economy)
+    layers.loc[layers.layer.isin(('fixed', 'all')), 'spend'] -= saved
     sizes, bytes_ = zip(*(_size(m) for m in (dense, small)))
     rows = {'million FLOPs': flops, 'million parameters': sizes, 'megabytes': bytes_, 'milliseconds': times}
     costs = pd.DataFrame.from_dict(rows, orient='index', columns=['dense', 'small'])
@@ -711,8 +763,8 @@ def _report(shrinker, small, budget, achieved):
     aside = sum(len(b['input_ids']) for b in shrinker.aside)
     name = getattr(dense, 'name_or_path', '') or ''
     return Report(type(dense).__name__, '' if Path(name).exists() else name, outputs.head, shrinker.method, str(budget),
-                  achieved, costs, fidelity, outputs.measure.says, layer_table(economy), who_is_open(economy), '',
-                  shrinker.tokens, aside, shrinker.seed, other)
+                  achieved, costs, fidelity, outputs.measure.says, layers, who_is_open(economy), '',
+                  shrinker.tokens, aside, shrinker.seed, other, vocabulary=shrinker.size)
 
 def _fidelity(shrinker, small, batches): # To the dense model, and how unlike the texts are
     dense, outputs = shrinker.dense, shrinker.outputs

@@ -1,7 +1,7 @@
 """How much perplexity does a decoder lose with its parameters, without any training, by ours and by rivals?
 
 Run:  python experiments/untrained.py --data DATA [--methods repair,osscar,...] [--params 0.9,0.8,0.7,0.5] [--seeds 3]
-          [--texts wikitext,python] [--windows 96] [--steps 0]
+          [--texts wikitext,python] [--windows 96] [--steps 0] [--products bfloat16]
 
 SmolLM2-135M (instruction-tuned, dequantised from 4 bits) as it comes. Every method sees the same windows of 256 tokens,
 drawn by the seed from the first nine tenths of WikiText-103's validation split, or from Python's language reference,
@@ -9,16 +9,20 @@ and is scored on the first --test-tokens of WikiText-103's test split (as WikiTe
 `score` is perplexity by the token, `relative` what it loses. `params` is the share of the whole model's parameters
 that was asked for, `achieved` what the settled model has.
 
-`repair` is compecon.shrink as it comes; METHODS of compecon.lab.rivals choose single neurons where `repair` has blocks
-of 32. `fisher` and `magnitude` are methods of compecon.shrink that change no weights. `sleb` looks at --looks windows
-only, for it runs the model once for each layer that is left and each that goes. `slicegpt` counts its maps and a head
-of its own. With --steps, the small models recover for so many steps of 4 windows, taught by the dense one.
+`repair` is compecon.shrink as it comes, with one look for all sizes of a seed; `repair-layers` leaves the vocabulary as
+it is, which is what all others do. Methods of compecon.lab.rivals choose single neurons where `repair` has blocks of
+32; those with a setting that matters are tried with two (`flap-even`, `slimgpt-even`, `grail-strong`). `fisher` and
+`magnitude` are methods of compecon.shrink that change no weights. `sleb` looks at --looks windows only, for it runs the
+model once for each layer that is left and each that goes. `slicegpt` counts its maps and a head of its own. With
+--steps, the small models recover for so many steps of 4 windows, taught by the dense one.
 
-`seconds` and `memory_mb` (the most that the process held) are a method's own. A run leaves its line in RECORDS when it
-ends; run again, the script resumes.
+Methods run with products in bfloat16, scores are those of float32. `seconds` (of `repair`, the look is in each) and
+`memory_mb` (the most that the process held) are a method's own. A run leaves its line in RECORDS when it ends; run
+again, the script resumes.
 """
 import copy
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,14 +30,17 @@ import torch
 from compecon.economy import Economy
 from compecon.lab.decoders import count_params, first_tokens
 from compecon.lab.records import append_line, now, provenance, read_runs
-from compecon.lab.rivals import RIVALS, slice_gpt, sliced_params
+from compecon.lab.rivals import RIVALS, flap, grail, slice_gpt, sliced_params, slimgpt
 from compecon.lab.scripts import is_recorded, read_args, script_parser
 from compecon.lab.wikitext import (SMOLLM2, detokenize, encode, lm_batches, lm_loss, load_decoder, load_wikitext,
                                    perplexity, python_reference, tune)
 from compecon.settle import settle
-from compecon.shrink import SHRINK_METHODS, shrink
+from compecon.shrink import SHRINK_METHODS, shrink_to_all
 
-METHODS, TEXTS, LENGTH = (*SHRINK_METHODS, *RIVALS, 'slicegpt'), ('wikitext', 'python'), 256
+OTHERS = {**RIVALS, 'flap-even': partial(flap, even=True), 'slimgpt-even': partial(slimgpt, rising=0.),
+          'grail-strong': partial(grail, ridge=0.1)}
+OURS = {name: dict(method=name) for name in SHRINK_METHODS} | {'repair-layers': dict(vocabulary=False)}
+METHODS, TEXTS, LENGTH = (*OURS, *OTHERS, 'slicegpt'), ('wikitext', 'python'), 256
 
 
 class Memory:
@@ -68,35 +75,48 @@ class Subject:
         batches = lm_batches(self.ids[text], LENGTH, 4, seed)
         return batches[:self.args.windows//4]
 
-    def small(self, method, share, pairs, seed):
-        "A smaller model, and how many parameters it has"
+    def smaller(self, method, shares, pairs, seed):
+        "For each share a smaller model, how many parameters it has, and the seconds it took"
+        if method in OURS:
+            batches = [dict(x, attention_mask=torch.ones_like(x['input_ids'])) for x, _ in pairs]
+            budgets = [f'{share} params' for share in shares]
+            found = shrink_to_all(self.dense, budgets, batches, seed=seed, progress=False, **OURS[method])
+            for small, report in found:
+                yield small, count_params(small), sum(s for step, s in report.seconds.items() if step != 'report')
+        else:
+            for share in shares:
+                start = time.perf_counter()
+                small, params = self.by_rival(method, share, pairs)
+                yield small, params, time.perf_counter() - start
+
+    def by_rival(self, method, share, pairs):
         if method == 'slicegpt':
             width = max(w for w in range(1, self.dense.config.hidden_size)
                         if sliced_params(self.dense, w) <= share*count_params(self.dense))
             return slice_gpt(self.dense, width, [x for x, _ in pairs]), sliced_params(self.dense, width)
-        if method in SHRINK_METHODS:
-            batches = [dict(x, attention_mask=torch.ones_like(x['input_ids'])) for x, _ in pairs]
-            small, _ = shrink(self.dense, f'{share} params', batches, method=method, seed=seed, progress=False)
-            return small, count_params(small)
         economy = Economy(copy.deepcopy(self.dense), LENGTH, block_size=1)
         options = dict(loss_func=lm_loss) if method == 'sleb' else {}
-        RIVALS[method](economy, f'{share} params', pairs[:self.args.looks//4] if method == 'sleb' else pairs, **options)
+        OTHERS[method](economy, f'{share} params', pairs[:self.args.looks//4] if method == 'sleb' else pairs, **options)
         small = settle(economy)
         return small, count_params(small)
 
 
-def run(subject, text, method, share, seed, args):
-    pairs, start = subject.windows(text, seed), time.perf_counter()
-    with Memory() as memory: small, params = subject.small(method, share, pairs, seed)
-    seconds = time.perf_counter() - start
-    if args.steps: tune(small, pairs, args.steps, args.lr, subject.dense, seed=seed)
-    found, dense = subject.score(small), subject.score_of_dense
-    append_line(dict(model=SMOLLM2, text=text, method=method, seed=seed, params=share,
-                     achieved=params/count_params(subject.dense), steps=args.steps, metric='perplexity', score=found,
-                     dense=dense, relative=found/dense - 1, seconds=round(seconds, 1), memory_mb=memory.megabytes,
-                     windows=args.windows, test_tokens=args.test_tokens, **{**args.origin, 'when': now()}),
-                args.records)
-    print(f'{text}, {method} seed {seed} at {share}: {found:.2f} ({found/dense - 1:+.0%}), {seconds:.0f} s', flush=True)
+def run(subject, text, method, shares, seed, args):
+    pairs, dense = subject.windows(text, seed), subject.score_of_dense
+    products = partial(torch.autocast, 'cpu', getattr(torch, args.products), enabled=args.products != 'float32')
+    models = subject.smaller(method, shares, pairs, seed)
+    for share in shares:
+        with Memory() as memory, products(): small, params, seconds = next(models)
+        if args.steps:
+            with products(): tune(small, pairs, args.steps, args.lr, subject.dense, seed=seed)
+        found = subject.score(small)
+        append_line(dict(model=SMOLLM2, text=text, method=method, seed=seed, params=share,
+                         achieved=params/count_params(subject.dense), steps=args.steps, metric='perplexity',
+                         score=found, dense=dense, relative=found/dense - 1, seconds=round(seconds, 1),
+                         memory_mb=memory.megabytes, windows=args.windows, test_tokens=args.test_tokens,
+                         products=args.products, **{**args.origin, 'when': now()}), args.records)
+        says = f'{text}, {method} seed {seed} at {share}: {found:.2f} ({found/dense - 1:+.0%}), {seconds:.0f} s'
+        print(says, flush=True)
 
 
 def table(runs):
@@ -104,6 +124,12 @@ def table(runs):
     cells = runs.groupby(['text', 'steps', 'method', 'params']).relative.agg(['mean', 'count'])
     shown = cells.apply(lambda r: f'{100*r["mean"]:+.0f} ({r["count"]:.0f})', axis=1)
     return shown.unstack('params').fillna('').to_markdown()
+
+
+def done(text, method, share, seed, args):
+    wanted = dict(text=text, method=method, params=share, seed=seed, steps=args.steps, windows=args.windows,
+                  test_tokens=args.test_tokens, products=args.products)
+    return is_recorded(read_runs(args.records).to_dict('records'), wanted)
 
 
 def main():
@@ -116,17 +142,15 @@ def main():
     parser.add_argument('--looks', type=int, default=4, help='windows that sleb sees')
     parser.add_argument('--steps', type=int, default=0, help='of recovery')
     parser.add_argument('--lr', type=float, default=2e-4, help='of recovery')
+    parser.add_argument('--products', default='bfloat16', choices=('bfloat16', 'float32'), help='of methods')
     parser.add_argument('--test-tokens', type=int, default=10_000, help='of the test split that is read')
     args = read_args(parser, dict(methods=METHODS, texts=TEXTS), apart=['records'])
     args.origin, subject = provenance(), Subject(args)
     for seed in range(args.first, args.first + args.seeds):
         for text in args.texts:
-            for share in map(float, args.params.split(',')):
-                for method in args.methods:
-                    wanted = dict(text=text, method=method, params=share, seed=seed, steps=args.steps,
-                                  windows=args.windows, test_tokens=args.test_tokens)
-                    if is_recorded(read_runs(args.records).to_dict('records'), wanted): continue
-                    run(subject, text, method, share, seed, args)
+            for method in args.methods:
+                shares = [s for s in map(float, args.params.split(',')) if not done(text, method, s, seed, args)]
+                if shares: run(subject, text, method, shares, seed, args)
     print(table(read_runs(args.records)))
 
 

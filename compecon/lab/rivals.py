@@ -99,7 +99,8 @@ def _mean_and_variance(sublayer, sums): # Of each feature that a projection read
 def flap(
     economy:Economy, # Its gates are hardened, and biases of its output projections change
     budget:float|str|Budget, # As for open_best
-    batches:Iterable[Mapping|tuple] # Inputs, or pairs of inputs and labels
+    batches:Iterable[Mapping|tuple], # Inputs, or pairs of inputs and labels
+    even:bool=False # The same share of every sub-layer? Scores of all are compared if not
     )->float: # What was achieved
     "Fluctuation, standardised, and a bias for the mean of what is removed (FLAP, arXiv 2312.11983, equations 3 to 6)"
     moments, scores = dense_sums(economy, list(batches), _mean_and_variance, exact=True), []
@@ -107,7 +108,8 @@ def flap(
         fluctuation = variance*weight_in_out(sublayer.out_proj).double().square().sum(1)
         by_agent = fluctuation.view(sublayer.n, -1).sum(1)
         scores.append((by_agent - by_agent.mean())/by_agent.std().clamp_min(1e-12))
-    achieved = open_best(economy, torch.cat(scores), budget)
+    scores = torch.cat(scores)
+    achieved = open_best(economy, even_scores(economy, scores) if even else scores, budget)
     _add_means(economy, moments)
     return achieved
 
@@ -189,10 +191,11 @@ def _remove_and_swap(gram, cross, remove, width):
 def slimgpt(
     economy:Economy, # Its gates are hardened, and its output projections change
     budget:float|str|Budget, # As for open_best
-    batches:Iterable[Mapping|tuple] # Inputs, or pairs of inputs and labels
+    batches:Iterable[Mapping|tuple], # Inputs, or pairs of inputs and labels
+    rising:float=1. # How much more the highest sub-layer loses, see even_scores
     )->float: # What was achieved
     "The surgeon, with more removed from higher sub-layers (SlimGPT, arXiv 2412.18110; ZipLM, arXiv 2302.04089)"
-    achieved = open_best(economy, even_scores(economy, torch.zeros(len(economy)), rising=1.), budget)
+    achieved = open_best(economy, even_scores(economy, torch.zeros(len(economy)), rising), budget)
     _layer_by_layer(economy, list(batches), _remove, to_dense=False)
     return achieved
 
