@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHARES', 'SIZES', 'agent_blocks', 'agent_energies', 'eliminate', 'Felt', 'feel', 'LocalRefit', 'dense_sums',
            'local_refits', 'sort_by_refit', 'Demand', 'measure_demand', 'demand_values', 'demand_at',
-           'VocabularyDemand', 'token_weights', 'vocabulary_sizes', 'fewer_directions', 'measure_vocabulary']
+           'VocabularyDemand', 'token_weights', 'vocabulary_sizes', 'measure_vocabulary']
 
 # %% ../nbs/32c_demand.ipynb #32c00005
 import math
@@ -355,19 +355,12 @@ def vocabulary_sizes(
     return list(dict.fromkeys((max(1, round(a*tokens)), max(1, round(b*width))) for a, b in sizes))
 
 @contextmanager
-def fewer_directions(
-    model:nn.Module, # A language model
-    demand:VocabularyDemand, # Of the model, from measure_vocabulary
-    size:tuple[int,int]|None # One of its sizes; `None` changes nothing
-    ):
-    "Within the context, rows of rare tokens are what they would be at this size"
+def _fewer_directions(model, demand, size): # Within the context, rows of rare tokens are what they would be
     weight = model.get_input_embeddings().weight
-    dense = weight.data
-    if size is not None:
-        full, rank = size
-        rare, weight.data = demand.order[full:], dense.clone()
-        low, basis = nearest_rows(dense[rare], demand.weights[rare], rank, demand.metric)
-        weight.data[rare] = (low @ basis).to(dense.dtype)
+    dense, (full, rank) = weight.data, size
+    rare, weight.data = demand.order[full:], dense.clone()
+    low, basis = nearest_rows(dense[rare], demand.weights[rare], rank, demand.metric)
+    weight.data[rare] = (low @ basis).to(dense.dtype)
     torch.clear_autocast_cache()  # it has casts of the rows before
     try: yield
     finally:
@@ -391,7 +384,7 @@ def measure_vocabulary(
     with torch.no_grad(), evaluating(model):
         dense = [outputs.of(model, b)[0] for b in probes]
         for size in found.sizes:
-            with fewer_directions(model, found, size): now = [outputs.of(model, b)[0] for b in probes]
+            with _fewer_directions(model, found, size): now = [outputs.of(model, b)[0] for b in probes]
             distances = [outputs.measure.distance(x, y) for x, y in zip(now, dense)]
             found.distances.append(torch.cat(distances).mean().item())
     return found

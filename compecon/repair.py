@@ -169,12 +169,6 @@ def _moves(economy, replay, number, batch, before): # Does the stream move with 
     finally: handle.remove()
     return ((after - before - ramp).abs().median() < 0.1).item()
 
-# %% ../nbs/31_repair.ipynb #0da8acf5
-def _changing(economy): # Modules whose weights others change before a repair
-    try: words = economy.model.get_input_embeddings()
-    except NotImplementedError: words = None
-    return [*(s.out_proj for s in economy.sublayers), *([] if words is None else [words])]
-
 # %% ../nbs/31_repair.ipynb #0da8acf6
 class RepairTargets:
     "What sub-layers of the dense model write; several repairs can share it. Raises `ValueError` without batches"
@@ -187,7 +181,7 @@ class RepairTargets:
         ):
         self.economy, self.batches = economy, [model_inputs(b) for b in batches]
         if not self.batches: raise ValueError('a repair needs at least one batch')
-        self.parameters = [p for m in _changing(economy) for p in m.parameters()]
+        self.parameters = [p for s in economy.sublayers for p in s.out_proj.parameters()]
         self.dense = [p.data.clone() for p in self.parameters]
         self.known, self.replay = {}, Replay(economy)  # number of a sub-layer -> its target for each batch
         with self._all_open(): adds = _adds_to_stream(economy, self.batches[0])

@@ -34,8 +34,8 @@ from .budget import measure_latency
 from .core import (Budget, batch_tokens, evaluating, has_gates, mean_tokens, model_inputs, package_versions,
                            width_in, width_out)
 from .cost import longest_input
-from .demand import (demand_at, demand_values, fewer_directions, measure_demand, measure_vocabulary,
-                             sort_by_refit, vocabulary_sizes)
+from .demand import (demand_at, demand_values, measure_demand, measure_vocabulary, sort_by_refit,
+                             vocabulary_sizes)
 from .economy import Economy, layer_table
 from .flops import latency
 from .importance import activation, magnitude, random_importance
@@ -479,7 +479,7 @@ class _Shrinker:
         if len(self.candidates) > 1: best = min(self.candidates, key=lambda v: self.error(v, budget))
         self.size = self._best_size(best, budget)
         achieved = self.start(best, self._leaving(budget, self.size))
-        with self.clock('repair'), fewer_directions(self.work, self.rows, self.size): repair(self.economy, self.all)
+        with self.clock('repair'): repair(self.economy, self.all)
         return achieved if self.size is None else self._achieved(budget, achieved)
 
     def settled(self): # The smaller model
