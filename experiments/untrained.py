@@ -16,8 +16,8 @@ it is, which is what all others do. Methods of compecon.lab.rivals choose single
 model once for each layer that is left and each that goes. `slicegpt` counts its maps and a head of its own. With
 --steps, the small models recover for so many steps of 4 windows, taught by the dense one.
 
-Methods run with products in bfloat16, scores are those of float32. `seconds` (of `repair`, the look is in each) and
-`memory_mb` (the most that the process held) are a method's own. A run leaves its line in RECORDS when it ends; run
+Products are in bfloat16, of methods and for scores (a perplexity moves by a thousandth). `seconds` (of `repair`, the
+look is in each) and `memory_mb` (the most that the process held) are a method's own. A run leaves its line in RECORDS when it ends; run
 again, the script resumes.
 """
 import copy
@@ -57,6 +57,9 @@ class Memory:
         self.megabytes = int(peak.split()[1])/1024
 
 
+def products(args): return torch.autocast('cpu', getattr(torch, args.products), enabled=args.products != 'float32')
+
+
 class Subject:
     "A decoder, what methods see of a text, and how it is scored"
     def __init__(self, args):
@@ -67,7 +70,7 @@ class Subject:
         texts = dict(wikitext=detokenize(validation[:len(validation)*9//10]), python=python_reference()['train'])
         self.ids = {name: encode(self.tokenizer, texts[name]) for name in args.texts}
         self.test = first_tokens(wikitext['test'], args.test_tokens)
-        self.score_of_dense = self.score(self.dense)
+        with products(args): self.score_of_dense = self.score(self.dense)
 
     def score(self, model): return perplexity(model, self.tokenizer, self.test, 512, 512, detokenize)['token']
 
@@ -103,13 +106,12 @@ class Subject:
 
 def run(subject, text, method, shares, seed, args):
     pairs, dense = subject.windows(text, seed), subject.score_of_dense
-    products = partial(torch.autocast, 'cpu', getattr(torch, args.products), enabled=args.products != 'float32')
     models = subject.smaller(method, shares, pairs, seed)
     for share in shares:
-        with Memory() as memory, products(): small, params, seconds = next(models)
+        with Memory() as memory, products(args): small, params, seconds = next(models)
         if args.steps:
-            with products(): tune(small, pairs, args.steps, args.lr, subject.dense, seed=seed)
-        found = subject.score(small)
+            with products(args): tune(small, pairs, args.steps, args.lr, subject.dense, seed=seed)
+        with products(args): found = subject.score(small)
         append_line(dict(model=SMOLLM2, text=text, method=method, seed=seed, params=share,
                          achieved=params/count_params(subject.dense), steps=args.steps, metric='perplexity',
                          score=found, dense=dense, relative=found/dense - 1, seconds=round(seconds, 1),
@@ -142,7 +144,7 @@ def main():
     parser.add_argument('--looks', type=int, default=4, help='windows that sleb sees')
     parser.add_argument('--steps', type=int, default=0, help='of recovery')
     parser.add_argument('--lr', type=float, default=2e-4, help='of recovery')
-    parser.add_argument('--products', default='bfloat16', choices=('bfloat16', 'float32'), help='of methods')
+    parser.add_argument('--products', default='bfloat16', choices=('bfloat16', 'float32'), help='their factors')
     parser.add_argument('--test-tokens', type=int, default=10_000, help='of the test split that is read')
     args = read_args(parser, dict(methods=METHODS, texts=TEXTS), apart=['records'])
     args.origin, subject = provenance(), Subject(args)
