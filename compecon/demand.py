@@ -119,7 +119,7 @@ class LocalRefit:
     def __init__(self,
         sublayer:Sublayer, # Of a dense model
         sums:Sequence[torch.Tensor], # From compecon.repair.feature_sums, of all of its features
-        ridge:float=0.3 # Pull towards the present weights, as a share of the features' mean energy
+        ridge:float=0.03 # Pull towards the present weights, as a share of the features' mean energy
         ):
         n, x, y, gram, cross = sums
         weight = weight_in_out(sublayer.out_proj)
@@ -186,7 +186,7 @@ def _show_dense(economy, batches, fit):
 def local_refits(
     economy:Economy, # Of a dense model
     batches:Iterable[Mapping|tuple], # Inputs, or pairs of inputs and labels (which are ignored)
-    ridge:float=0.3, # As for LocalRefit
+    ridge:float=0.03, # As for LocalRefit
     felt:Sequence[Felt]|None=None # For each sub-layer, from feel and the same batches; every error counts if `None`
     )->list[LocalRefit]: # One for each sub-layer; `order` is that of removal
     "Refits of every sub-layer; raises `ValueError` without batches"

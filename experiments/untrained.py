@@ -17,8 +17,8 @@ model once for each layer that is left and each that goes. `slicegpt` counts its
 --steps, the small models recover for so many steps of 4 windows, taught by the dense one.
 
 Products are in bfloat16, of methods and for scores (a perplexity moves by a thousandth). `seconds` (of `repair`, the
-look is in each) and `memory_mb` (the most that the process held) are a method's own. A run leaves its line in RECORDS when it ends; run
-again, the script resumes.
+look is in each) and `memory_mb` (the most that the process held) are a method's own. A run leaves its line in RECORDS
+when it ends; run again, the script resumes.
 """
 import copy
 import time
