@@ -140,7 +140,7 @@ def count_embeddings(
     )->int: # Parameters, once if input and output share them
     "Parameters of the token embeddings"
     embeddings = model.get_input_embeddings(), model.get_output_embeddings()
-    return sum(p.numel() for p in {e.weight for e in embeddings if e is not None})
+    return sum(p.numel() for p in {p for e in embeddings if e is not None for p in e.parameters()})
 
 def check_params(
     plan:DecoderPlan, # Whose shares
