@@ -79,7 +79,8 @@ def feel(
     seed:int=0 # Of the labels that are drawn
     )->list[Felt]: # Of the token embeddings, and then of every sub-layer
     "Where errors would be felt, from one backward pass a batch; raises `ValueError` without batches"
-    model, generator, found = economy.model, torch.Generator().manual_seed(seed), []
+    model, generator = economy.model, torch.Generator().manual_seed(seed)
+    sizes, outer = [[] for _ in range(len(economy.sublayers) + 1)], [0.]*(len(economy.sublayers) + 1)
     sublayers = [economy.sublayers[0], *economy.sublayers]  # the embeddings' tokens are those of the first
     everyone = torch.ones(len(economy), device=economy.log_values.device)
     for batch in batches:
@@ -87,15 +88,17 @@ def feel(
         with evaluating(model), economy.forcing(everyone), torch.enable_grad(), _written(economy) as written:
             rows, _ = outputs.of(model, inputs)
             gradients = torch.autograd.grad(outputs.measure.own_loss(rows, generator).sum(), written)
-        found.append([real_tokens(g, model, s, inputs) for g, s in zip(gradients, sublayers)])
-    if not found: raise ValueError('to feel an error needs at least one batch')
-    return [_felt(parts) for parts in zip(*found)]
+        for i, (g, s) in enumerate(zip(gradients, sublayers)):
+            g = real_tokens(g, model, s, inputs)
+            sizes[i].append(g.square().sum(1))
+            outer[i] = outer[i] + _inner(g, g)
+    if not sizes[0]: raise ValueError('to feel an error needs at least one batch')
+    return [_felt(s, o) for s, o in zip(sizes, outer)]
 
-def _felt(gradients): # For each batch `(tokens, width)`
-    sizes = [g.square().sum(1) for g in gradients]
-    mean = torch.cat(sizes).mean().clamp_min(1e-30)
-    outer = sum(_inner(g, g) for g in gradients)/sum(map(len, gradients))
-    return Felt([(s/mean).clamp_max(30) for s in sizes], outer)
+def _felt(sizes, outer): # Squares of gradients by token, and their sum of outer products
+    tokens = torch.cat(sizes)
+    mean = tokens.mean().clamp_min(1e-30)
+    return Felt([(s/mean).clamp_max(30) for s in sizes], outer/len(tokens))
 
 def _inner(x, y): # x'y in double precision; a difference of such sums has to be exact, also where autocast is on
     with torch.autocast(x.device.type, enabled=False): return (x.T @ y).double()
@@ -254,8 +257,9 @@ def measure_demand(
     with torch.no_grad(), evaluating(economy.model), economy.forcing(everyone):
         dense, replay = [outputs.of(economy.model, b)[0] for b in probes], Replay(economy)
         def distance():
-            now = [outputs.of(economy.model, b)[0] for b in replay.each(probes)]
-            return torch.cat([outputs.measure.distance(x, y) for x, y in zip(now, dense)]).mean().item()
+            distances = [outputs.measure.distance(outputs.of(economy.model, b)[0], d)
+                         for b, d in zip(replay.each(probes), dense)]
+            return torch.cat(distances).mean().item()
         for i, (sublayer, refit) in enumerate(zip(economy.sublayers, refits)):
             with replay.below(i): found.append(_demand_of(sublayer, refit, distance, shares))
     return found
@@ -384,8 +388,8 @@ def measure_vocabulary(
     with torch.no_grad(), evaluating(model):
         dense = [outputs.of(model, b)[0] for b in probes]
         for size in found.sizes:
-            with _fewer_directions(model, found, size): now = [outputs.of(model, b)[0] for b in probes]
-            distances = [outputs.measure.distance(x, y) for x, y in zip(now, dense)]
+            with _fewer_directions(model, found, size):
+                distances = [outputs.measure.distance(outputs.of(model, b)[0], d) for b, d in zip(probes, dense)]
             found.distances.append(torch.cat(distances).mean().item())
     return found
 

@@ -451,7 +451,10 @@ class _Shrinker:
             probes = _first_tokens(self.choose, _PROBED)
             self.demands = measure_demand(self.economy, refits, probes, self.outputs)
             self.candidates = [demand_values(self.economy, self.demands)]
-            if self.sizes: self.rows = measure_vocabulary(self.work, words, self.fit, self.choose, self.outputs)
+            if not self.sizes: return
+            most = max(_PROBED, 2**28//self.dense.config.vocab_size)  # tokens whose answers take 1 GB
+            probes = _first_tokens(self.choose, most)
+            self.rows = measure_vocabulary(self.work, words, self.fit, probes, self.outputs)
 
     def unlikeness(self, batches): # Of texts to those that are looked at
         if self.known is None: self.known = _Known(self.dense, self.fit + self.choose)
