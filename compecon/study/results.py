@@ -210,7 +210,7 @@ def _with_plan(runs): # With steps for all budgets together, rate, perplexity by
     return runs.assign(steps=steps, lr=[p.get('lr') for p in runs.plan],
                        token=[m['token'] for m in runs.metrics], loss=[r['word'] for r in runs.relative])
 
-# %% ../../nbs/63_results.ipynb #d9d4500f
+# %% ../../nbs/63_results.ipynb #7ec75785
 _OF_RISES = ['text', 'steps', 'method', 'params']
 
 def rises(
@@ -244,12 +244,12 @@ def plot_rises(
         ax.errorbar(100*rows.achieved, rows.rise, rows.half.fillna(0), marker='o', ms=4, capsize=2,
                     color='C3' if ours else f'C{(i % 9 + 4) % 10}', lw=2.5 if ours else 1)
         at = rows.iloc[0]
-        ax.annotate('compecon' if ours else method, (100*at.achieved, at.rise), xytext=(-6, 3), ha='right', fontsize=8,
+        ax.annotate('compecon' if ours else method, (100*at.achieved, at.rise), xytext=(7, -3), fontsize=8,
                     textcoords='offset points', weight='bold' if ours else 'normal')
     ax.set(xlabel='% of the parameters', ylabel='% of perplexity more', yscale='log')
     ax.set_yticks(ticks := [10, 20, 50, 100, 200, 400], map(str, ticks))
+    ax.margins(x=0.18)
     ax.invert_xaxis()
-    ax.margins(x=0.12)
     plt.close(figure)
     return figure
 
