@@ -210,7 +210,7 @@ def _with_plan(runs): # With steps for all budgets together, rate, perplexity by
     return runs.assign(steps=steps, lr=[p.get('lr') for p in runs.plan],
                        token=[m['token'] for m in runs.metrics], loss=[r['word'] for r in runs.relative])
 
-# %% ../../nbs/63_results.ipynb #7ec75785
+# %% ../../nbs/63_results.ipynb #5d128cab
 _OF_RISES = ['text', 'steps', 'method', 'params']
 
 def rises(
@@ -399,6 +399,21 @@ def _without_labels(records): # The embedder, on the half that no choice saw
     return [f'**Without labels and training** (all-MiniLM as it comes, STS-B by cosine, {seeds}). Points of '
             f'Spearman against the dense model: {", ".join(map(said, (0.6, 0.4, 0.2)))}.']
 
+# %% ../../nbs/63_results.ipynb #57ed00f4
+def _rising(records): # A decoder without training, beside the best rival
+    if records.empty: return []
+    table = rises(records[(records.text == 'wikitext') & (records.steps == 0)])
+    others = table[~table.method.str.startswith('repair')]
+    ours = table[(table.method == 'repair') & table.params.isin(others.params)].sort_values('params', ascending=False)
+    def said(row):
+        here = others[others.params == row.params]
+        best = here.loc[here.rise.idxmin()]
+        spread = f' ± {row.half:.0f}' if row.seeds > 1 else ''
+        return (f'{row.rise:+.0f}{spread} % with {_percent(1 - row.params)} fewer parameters (the best of {len(here)} '
+                f'others: {best.method}, {best.rise:+.0f} %)')
+    return [f'**A decoder without training** (SmolLM2-135M as it comes, WikiText-103, {_seeds(ours.seeds.min())}). '
+            f'Perplexity by the token: {", ".join(map(said, ours.itertuples()))}.']
+
 # %% ../../nbs/63_results.ipynb #20ea7f96
 def _tested(run): # On what a decoder was tested
     tokens = run.plan['test_tokens']
@@ -508,7 +523,7 @@ def headlines(
     "What the records say, in numbers; files that are missing are left out"
     def records(name): return read_runs(Path(folder)/f'{name}.jsonl')
     quality = _trained(records('contest/runs')) + _untrained(records('contest/runs-epochs=0'))
-    quality += _without_labels(records('shrink'))
+    quality += _without_labels(records('shrink')) + _rising(records('untrained'))
     decoders = _decoders(records('wikitext')) + _generation(records('generation'))
     speed = _times(records('kernels')) + _engines(records('peers')) + _efficiency(records('latency'))
     claims = _claims(records('scarcity'), records('rationality'), records('faithfulness'))
