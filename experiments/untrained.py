@@ -16,6 +16,9 @@ it is, which is what all others do. Methods of compecon.lab.rivals choose single
 model once for each layer that is left and each that goes. `slicegpt` counts its maps and a head of its own. With
 --steps, the small models recover for so many steps of 4 windows, taught by the dense one.
 
+`says` is how the model goes on from PROMPTS, drawn at a temperature of .7, and `surprise` the nats a token by which
+the dense model is surprised of that.
+
 Products are in bfloat16, of methods and for scores (a perplexity moves by a thousandth). `seconds` (of `repair`, the
 look is in each) and `memory_mb` (the most that the process held) are a method's own. A run leaves its line in RECORDS
 when it ends; run again, the script resumes.
@@ -41,6 +44,8 @@ OTHERS = {**RIVALS, 'flap-even': partial(flap, even=True), 'slimgpt-even': parti
           'grail-strong': partial(grail, ridge=0.1)}
 OURS = {name: dict(method=name) for name in SHRINK_METHODS} | {'repair-layers': dict(vocabulary=False)}
 METHODS, TEXTS, LENGTH = (*OURS, *OTHERS, 'slicegpt'), ('wikitext', 'python'), 256
+PROMPTS = ('The river rises in the mountains and', 'After the war, the town', 'The band recorded its second album in',
+           'The bird is found in')
 
 
 class Memory:
@@ -70,9 +75,22 @@ class Subject:
         texts = dict(wikitext=detokenize(validation[:len(validation)*9//10]), python=python_reference()['train'])
         self.ids = {name: encode(self.tokenizer, texts[name]) for name in args.texts}
         self.test = first_tokens(wikitext['test'], args.test_tokens)
-        with products(args): self.score_of_dense = self.score(self.dense)
+        with products(args): self.score_of_dense, (_, self.surprise) = self.score(self.dense), self.writes(self.dense)
 
     def score(self, model): return perplexity(model, self.tokenizer, self.test, 512, 512, detokenize)['token']
+
+    def writes(self, model): # A continuation of each prompt, and the nats a token of four of each by the dense model
+        torch.manual_seed(0)
+        texts, nats = [], []
+        for prompt in PROMPTS:
+            x = self.tokenizer(prompt, return_tensors='pt')
+            with torch.no_grad():
+                ids = model.generate(**x, do_sample=True, temperature=0.7, min_new_tokens=48, max_new_tokens=48,
+                                     num_return_sequences=4, pad_token_id=0)
+                logits = self.dense(ids).logits[:, x['input_ids'].shape[1] - 1:-1].float()
+            nats.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, -48:]).item())
+            texts.append(self.tokenizer.decode(ids[0]))
+        return texts, sum(nats)/len(nats)
 
     def windows(self, text, seed): # Pairs of inputs and next tokens
         batches = lm_batches(self.ids[text], LENGTH, 4, seed)
@@ -111,12 +129,13 @@ def run(subject, text, method, shares, seed, args):
         with Memory() as memory, products(args): small, params, seconds = next(models)
         if args.steps:
             with products(args): tune(small, pairs, args.steps, args.lr, subject.dense, seed=seed)
-        with products(args): found = subject.score(small)
+        with products(args): found, (says, surprise) = subject.score(small), subject.writes(small)
         append_line(dict(model=SMOLLM2, text=text, method=method, seed=seed, params=share,
                          achieved=params/count_params(subject.dense), steps=args.steps, metric='perplexity',
                          score=found, dense=dense, relative=found/dense - 1, seconds=round(seconds, 1),
                          memory_mb=memory.megabytes, windows=args.windows, test_tokens=args.test_tokens,
-                         products=args.products, **{**args.origin, 'when': now()}), args.records)
+                         products=args.products, says=says, surprise=surprise, dense_surprise=subject.surprise,
+                         **{**args.origin, 'when': now()}), args.records)
         says = f'{text}, {method} seed {seed} at {share}: {found:.2f} ({found/dense - 1:+.0%}), {seconds:.0f} s'
         print(says, flush=True)
 
