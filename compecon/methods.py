@@ -108,11 +108,11 @@ def k_prune(
         economy.split(opened)[number].copy_(economy.split(economy.open)[number])
         economy.split(decided)[number].fill_(True)
         return opened
-    repair(economy, batches, choose=choose)
+    repair(economy, batches, choose=choose, below=1)
     economy.clear(budget, curves)
     if not torch.equal(economy.open, opened):  # a budget with room to spare lets some of the removed agents in again
         _load(economy, projections)
-        repair(economy, batches)
+        repair(economy, batches, below=1)
     return economy.values
 
 # %% ../nbs/32_methods.ipynb #40e7c6b1

@@ -251,9 +251,16 @@ def _ridge(gram, strength): # A penalty for each coefficient, as a share of the 
     energy = gram.diagonal().mean().clamp_min(1e-12)
     return strength*energy*torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
 
-def _refit(sublayer, kept, pairs, ridge): # `kept`: `(features,)` of bool
+def _in_part(pairs, weight, bias, below): # Targets between what all agents would write now, and what is missing
+    for x, y in pairs:
+        alone = x @ weight.to(x.dtype)
+        if bias is not None: alone = alone + bias.to(x.dtype)
+        yield x, torch.lerp(alone.to(y.dtype), y, below)
+
+def _refit(sublayer, kept, pairs, ridge, below): # `kept`: `(features,)` of bool
     "Fit the kept rows of an output projection, and its bias if it has one"
     weight, bias = weight_in_out(sublayer.out_proj), sublayer.out_proj.bias
+    if below < 1: pairs = _in_part(pairs, weight, bias, below)
     n, x, y, gram, cross = feature_sums(pairs, kept, exact=bias is not None)
     if bias is not None:  # the fit is to differences from the mean; a difference of large sums has to be exact
         gram = gram - torch.outer(x, x)/n
@@ -296,12 +303,14 @@ def repair(
     economy:Economy, # With hard gates, unless there is `choose`; the output projections of its model are changed
     batches:Iterable[Mapping|tuple]|RepairTargets, # Inputs, or pairs of inputs and labels (which are ignored)
     ridge:float=0.1, # Pull towards the present weights, as a share of the features' mean energy
-    choose:Callable|None=None # `choose(number)` before each refit: `(agents,)` of bool; what is open now if `None`
+    choose:Callable|None=None, # `choose(number)` before each refit: `(agents,)` of bool; what is open now if `None`
+    below:float=0.5 # Share of what is missing from the sub-layers below that each has to make up for
     ):
-    """Refit output projections so that the stream after each sub-layer is what it was when all agents were open.
+    """Refit output projections so that the stream after each sub-layer is near what it was when all agents were open.
     Raises `ValueError` if gates are soft, or without batches."""
     if not ridge > 0: raise ValueError(f'ridge={ridge} must be above 0')
-    fit_projections(economy, batches, partial(_refit, ridge=ridge), choose)
+    if not 0 <= below <= 1: raise ValueError(f'below={below} must be a share, from 0 to 1')
+    fit_projections(economy, batches, partial(_refit, ridge=ridge, below=below), choose)
 
 # %% ../nbs/31_repair.ipynb #e9dc5bf6
 def _scales(sublayer, kept, sums, damping): # One factor for each kept agent

@@ -482,8 +482,7 @@ class _Shrinker:
         if len(self.candidates) > 1: best = min(self.candidates, key=lambda v: self.error(v, budget))
         self.size = self._best_size(best, budget)
         achieved = self.start(best, self._leaving(budget, self.size))
-        ridge = 0.3 if self.by_demand else 0.1
-        with self.clock('repair'): repair(self.economy, self.all, ridge)
+        with self.clock('repair'): repair(self.economy, self.all)
         return achieved if self.size is None else self._achieved(budget, achieved)
 
     def settled(self): # The smaller model

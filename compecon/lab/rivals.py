@@ -88,7 +88,7 @@ def grail(
     "Wanda's choice, and a ridge refit to what each sub-layer wrote (GRAIL, arXiv 2602.23795)"
     batches = list(batches)
     achieved = wanda_sp(economy, budget, batches)
-    repair(economy, RepairTargets(economy, batches, stream=False), ridge)
+    repair(economy, RepairTargets(economy, batches, stream=False), ridge, below=1)
     return achieved
 
 # %% ../../nbs/54d_rivals.ipynb #54d00031
