@@ -391,8 +391,8 @@ def _sort(model, method, outputs, batches, tokens, seed): # Neurons by importanc
         if sublayer.kind == 'block': reorder_neurons(sublayer, v.argsort(descending=True, stable=True).cpu())
 
 # %% ../nbs/33_shrink.ipynb #44949999
-class _Shrinker:
-    "A copy of a model, with values, that can be brought to one budget after the other"
+class _Subject:
+    "A copy of a model, with gates, and the batches that it is shown"
     def __init__(self, model, batches, other, outputs, method, block_size, multiple, vocabulary, seed, clock, engine):
         self.engine = engine
         self.dense, self.outputs, self.method, self.seed, self.clock = model, outputs, method, seed, clock
@@ -405,13 +405,6 @@ class _Shrinker:
         self.block_size = block_size or usual_block_size(model)
         self.work = copy.deepcopy(model).eval()
         self.economy = Economy(self.work, self.tokens, self.block_size)
-
-    def check(self, budgets): # Below the floor, it says so here, before any work
-        if any(b.unit in ('ms', 'latency') for b in budgets): self._measure()
-        smallest = self.sizes[-1] if self.sizes else None
-        for b in budgets: self._clear(self._leaving(b, smallest))
-        if self.outputs.head == 'sequence to sequence': self._write()
-        with self.clock('check'): _check_outputs(self.dense, self.outputs, [*self.aside, *self.choose, *self.fit])
 
     def _write(self): # What the dense model writes is what the smaller one's outputs are compared on
         with self.clock('write'):
@@ -427,6 +420,17 @@ class _Shrinker:
 
     def _curves_of(self, budget): return self.curves if budget.unit in ('ms', 'latency') else None
 
+    def _clear(self, budget): return clear_rounded(self.economy, budget, self.multiple, self._curves_of(budget))
+
+    def unlikeness(self, batches): # Of texts to those that are looked at
+        if self.known is None: self.known = _Known(self.dense, self.fit + self.choose)
+        found = {'new tokens': self.known.new_tokens(batches)}
+        if batches is self.aside: return found
+        return found | {'unlikeness': self.known.leverage(batches)/self.known.leverage(self.aside)}
+
+# %% ../nbs/33_shrink.ipynb #44950001
+class _Valued(_Subject):
+    "A subject whose neurons are sorted, and whose agents have values"
     def look(self): # Sort neurons, and find values
         self.economy.remove()
         if self.by_demand: self._look_at_demand()
@@ -456,19 +460,50 @@ class _Shrinker:
             probes = _first_tokens(self.choose, most)
             self.rows = measure_vocabulary(self.work, words, self.fit, probes, self.outputs)
 
-    def unlikeness(self, batches): # Of texts to those that are looked at
-        if self.known is None: self.known = _Known(self.dense, self.fit + self.choose)
-        found = {'new tokens': self.known.new_tokens(batches)}
-        if batches is self.aside: return found
-        return found | {'unlikeness': self.known.leverage(batches)/self.known.leverage(self.aside)}
-
     def start(self, values, budget): # From the dense weights
         for s, state in zip(self.economy.sublayers, self.weights): s.out_proj.load_state_dict(state)
         torch.clear_autocast_cache()  # it has casts of the weights before
         self.economy.values = values
         return self._clear(budget)
 
-    def _clear(self, budget): return clear_rounded(self.economy, budget, self.multiple, self._curves_of(budget))
+# %% ../nbs/33_shrink.ipynb #44950003
+class _Sized(_Valued):
+    "A subject whose vocabulary may have fewer rows of its own"
+    def saved(self, size): # By a table in two parts
+        (full, rank), (tokens, width) = size, self.dense.get_input_embeddings().weight.shape
+        params = (tokens - full)*(width - rank) - rank*width
+        return dict(params=params, flops=2*self.tokens*(params - rank*width))  # directions are also used at the input
+
+    def _total(self, unit): return self.economy.prices.total if unit == 'flops' else self.economy.curves(unit).total
+
+    def _leaving(self, budget, size): # A budget that, with all rows in full, leaves agents what this one does
+        if size is None or budget.unit not in ('flops', 'params'): return budget
+        total = self._total(budget.unit)
+        share = (budget.limit(total) + self.saved(size)[budget.unit])/total
+        return Budget(f'{min(share, 1.)!r} {budget.unit}')
+
+    def _achieved(self, budget, share): # In the terms of the budget, where agents and rows in full have this share
+        total = self._total(budget.unit)
+        return budget.achieved(share*total - self.saved(self.size)[budget.unit], total)
+
+    def _best_size(self, values, budget): # Of the vocabulary: agents and rows together should lose least
+        if self.rows is None or budget.unit not in ('flops', 'params'): return None
+        lost = {}
+        for size, distance in zip([None, *self.rows.sizes], [0., *self.rows.distances]):
+            try: self.start(values, self._leaving(budget, size))
+            except ValueError: continue  # with so many rows too little is left for agents
+            lost[size] = distance + demand_at(self.economy, self.demands)
+        return min(lost, key=lost.get)
+
+# %% ../nbs/33_shrink.ipynb #44950005
+class _Shrinker(_Sized):
+    "A subject that can be brought to one budget after the other"
+    def check(self, budgets): # Below the floor, it says so here, before any work
+        if any(b.unit in ('ms', 'latency') for b in budgets): self._measure()
+        smallest = self.sizes[-1] if self.sizes else None
+        for b in budgets: self._clear(self._leaving(b, smallest))
+        if self.outputs.head == 'sequence to sequence': self._write()
+        with self.clock('check'): _check_outputs(self.dense, self.outputs, [*self.aside, *self.choose, *self.fit])
 
     def error(self, values, budget): # Of a candidate, after a repair, on texts that the repair does not see
         self.start(values, budget)
@@ -489,32 +524,6 @@ class _Shrinker:
         small = settle(self.economy)
         if self.size is None: return small
         return settle_vocabulary(small, *self.size, self.rows.order, self.rows.weights, self.rows.metric)
-
-    def _best_size(self, values, budget): # Of the vocabulary: agents and rows together should lose least
-        if self.rows is None or budget.unit not in ('flops', 'params'): return None
-        lost = {}
-        for size, distance in zip([None, *self.rows.sizes], [0., *self.rows.distances]):
-            try: self.start(values, self._leaving(budget, size))
-            except ValueError: continue  # with so many rows too little is left for agents
-            lost[size] = distance + demand_at(self.economy, self.demands)
-        return min(lost, key=lost.get)
-
-    def _leaving(self, budget, size): # A budget that, with all rows in full, leaves agents what this one does
-        if size is None or budget.unit not in ('flops', 'params'): return budget
-        total = self._total(budget.unit)
-        share = (budget.limit(total) + self.saved(size)[budget.unit])/total
-        return Budget(f'{min(share, 1.)!r} {budget.unit}')
-
-    def _achieved(self, budget, share): # In the terms of the budget, where agents and rows in full have this share
-        total = self._total(budget.unit)
-        return budget.achieved(share*total - self.saved(self.size)[budget.unit], total)
-
-    def _total(self, unit): return self.economy.prices.total if unit == 'flops' else self.economy.curves(unit).total
-
-    def saved(self, size): # By a table in two parts
-        (full, rank), (tokens, width) = size, self.dense.get_input_embeddings().weight.shape
-        params = (tokens - full)*(width - rank) - rank*width
-        return dict(params=params, flops=2*self.tokens*(params - rank*width))  # directions are also used at the input
 
 # %% ../nbs/33_shrink.ipynb #af395499
 def shrink_to_all(
