@@ -95,6 +95,7 @@ def feel(
     if not sizes[0]: raise ValueError('to feel an error needs at least one batch')
     return [_felt(s, o) for s, o in zip(sizes, outer)]
 
+# %% ../nbs/32c_demand.ipynb #32c00101b
 def _felt(sizes, outer): # Squares of gradients by token, and their sum of outer products
     tokens = torch.cat(sizes)
     mean = tokens.mean().clamp_min(1e-30)
@@ -186,6 +187,7 @@ def _show_dense(economy, batches, fit):
     everyone = torch.ones(len(economy), dtype=torch.bool, device=economy.log_values.device)
     fit_projections(economy, RepairTargets(economy, batches, stream=False), fit, lambda number: everyone)
 
+# %% ../nbs/32c_demand.ipynb #32c00012b
 def local_refits(
     economy:Economy, # Of a dense model
     batches:Iterable[Mapping|tuple], # Inputs, or pairs of inputs and labels (which are ignored)
@@ -245,6 +247,7 @@ class Demand(NamedTuple):
     counts: list[int]     # So many of them open, falling, from all
     distances: list[float] # Of the model's answers from the dense model's, on average
 
+# %% ../nbs/32c_demand.ipynb #32c00021b
 def measure_demand(
     economy:Economy, # Of a dense model
     refits:Sequence[LocalRefit], # Of its sub-layers
@@ -297,6 +300,7 @@ def _hull(counts, distances): # The lower convex hull of a curve that does not r
         points.append((k, lowest))
     return points
 
+# %% ../nbs/32c_demand.ipynb #32c00023b
 def demand_values(
     economy:Economy, # Whose agents they are
     demands:Sequence[Demand] # From measure_demand
@@ -358,6 +362,7 @@ def vocabulary_sizes(
     tokens, width = model.get_input_embeddings().weight.shape
     return list(dict.fromkeys((max(1, round(a*tokens)), max(1, round(b*width))) for a, b in sizes))
 
+# %% ../nbs/32c_demand.ipynb #32c00032b
 @contextmanager
 def _fewer_directions(model, demand, size): # Within the context, rows of rare tokens are what they would be
     weight = model.get_input_embeddings().weight
@@ -371,6 +376,7 @@ def _fewer_directions(model, demand, size): # Within the context, rows of rare t
         weight.data = dense
         torch.clear_autocast_cache()
 
+# %% ../nbs/32c_demand.ipynb #32c00032c
 def measure_vocabulary(
     model:nn.Module, # A language model, see compecon.vocabulary.shares_vocabulary
     words:Felt, # Of its token embeddings, from feel

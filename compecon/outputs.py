@@ -99,6 +99,7 @@ class Outputs:
         count = owner.bincount().clamp_min(1).to(rows.device)
         return (self.measure.own_loss(rows, generator)/count[owner]).sum()
 
+# %% ../nbs/32b_outputs.ipynb #3041a9bdb
 def _by_sequence(x, inputs): return x.reshape(len(x), -1), torch.arange(len(x), device=x.device)
 
 def _by_token(x, mask): # Rows of real tokens

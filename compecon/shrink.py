@@ -70,6 +70,7 @@ def _enough(texts):
         raise ValueError(f'{len(texts)} texts that differ and are not empty: 8 at least, better hundreds')
     return texts
 
+# %% ../nbs/33_shrink.ipynb #dda96b97b
 _KNOWN_COLUMNS = [
     ('sentence1', 'sentence2'), ('premise', 'hypothesis'), ('question', 'context'), ('question', 'sentence'),
     ('question1', 'question2'), ('text',), ('sentence',), ('content',)]
@@ -192,6 +193,7 @@ def check_weights(
     if broken: raise ValueError(f'{broken[0]} has weights that are not finite: this model is broken already')
     return model
 
+# %% ../nbs/33_shrink.ipynb #6975e0cbb
 _WITHIN = dict(OptimizedModule='_orig_mod', DataParallel='module', DistributedDataParallel='module',
                FullyShardedDataParallel='module', CrossEncoder='[0].model')
 
@@ -209,6 +211,7 @@ def _is_plain(module): # Are its weights tensors of floating-point numbers?
     if weight is None: return not hasattr(module, '_packed_params')
     return type(weight) in (nn.Parameter, torch.Tensor) and weight.is_floating_point()
 
+# %% ../nbs/33_shrink.ipynb #6975e0cbc
 def usual_block_size(
     model:nn.Module # A Hugging Face model
     )->int: # Neurons of a block: 32, or the largest number below that divides every FFN
@@ -262,6 +265,7 @@ def _said_of(vocabulary):
     if vocabulary is None: return ''
     return f'{vocabulary[0]:,} tokens have rows of their own; those of all others share {vocabulary[1]} directions. '
 
+# %% ../nbs/33_shrink.ipynb #884dbd97b
 @dataclass
 class Report:
     "What was asked and achieved; shows itself as tables and a picture"
@@ -363,6 +367,7 @@ _CANDIDATES = (0.03, 0.25), (0.1, 0.25), (0.1, 0.5) # Share of activations, and 
 def _temper(economy, values, power): # Less of what tells sub-layers apart
     return torch.cat([v/v.mean().clamp_min(1e-12)**power for v in economy.split(values)])
 
+# %% ../nbs/33_shrink.ipynb #7ca3e49ab
 _ROOM = 2**32 # Bytes that what is known of all sub-layers may take; larger decoders go by importance scores
 
 def _by_demand(model, method, outputs): # Are values measured?
@@ -382,6 +387,7 @@ def _first_tokens(batches, most): # Sequences of the first batches, until there 
         if most <= 0: break
     return found
 
+# %% ../nbs/33_shrink.ipynb #7ca3e49ac
 def _sort(model, method, outputs, batches, tokens, seed): # Neurons by importance, in place
     economy = Economy(model, tokens, block_size=1)
     usual = 'fisher' if method == 'repair' else method
@@ -703,6 +709,7 @@ def _tokenized(body, texts, samples, size, seed, columns):
     of = f' (column{"s" if len(columns) > 1 else ""} {" and ".join(columns)})' if columns else ''
     return batches, f'{len(texts)} texts{of}'
 
+# %% ../nbs/33_shrink.ipynb #985a6d30b
 def _one_text(texts, head): # Where a model reads one text at a time, pairs are two, or what is read and what is written
     if head == 'sequence to sequence': return [t[0] if isinstance(t, tuple) else t for t in texts]
     if head not in ('embedding', 'language model'): return texts
@@ -778,6 +785,7 @@ def _report(shrinker, small, budget, achieved):
                   achieved, costs, fidelity, outputs.measure.says, layers, who_is_open(economy), '',
                   shrinker.tokens, aside, shrinker.seed, other, vocabulary=shrinker.size)
 
+# %% ../nbs/33_shrink.ipynb #06c36506b
 def _fidelity(shrinker, small, batches): # To the dense model, and how unlike the texts are
     dense, outputs = shrinker.dense, shrinker.outputs
     found = compare_outputs(small, dense, outputs, batches)

@@ -188,6 +188,7 @@ def _remove(gram, cross, remove, width): # Some of many narrow ones at once
 def _remove_and_swap(gram, cross, remove, width):
     return swap_agents(gram, cross, _remove(gram, cross, remove, width)[0], width)
 
+# %% ../../nbs/54d_rivals.ipynb #54d00060b
 def slimgpt(
     economy:Economy, # Its gates are hardened, and its output projections change
     budget:float|str|Budget, # As for open_best
@@ -223,6 +224,7 @@ def _close_layers(economy, budget, next_one): # Until the budget is kept; `next_
     open_only(economy, opened)
     return budget.achieved(_cost(economy, curves, opened), total)
 
+# %% ../../nbs/54d_rivals.ipynb #54d00071b
 def block_influence(
     model:nn.Module, # With one stack of layers
     batches:Iterable[Mapping|tuple] # Inputs, or pairs of inputs and labels
@@ -243,6 +245,7 @@ def block_influence(
         for h in handles: h.remove()
     return {name: found/len(batches) for name, found in turned.items()}
 
+# %% ../../nbs/54d_rivals.ipynb #54d00071c
 def shortgpt(
     economy:Economy, # Its gates are hardened
     budget:float|str|Budget, # As for open_best
@@ -287,6 +290,7 @@ def _sliced_forward(layer, after_attention, after_ffn, hidden_states, **kwargs):
     middle = (hidden_states + written) @ after_attention
     return (middle + layer.mlp(layer.post_attention_layernorm(middle))) @ after_ffn
 
+# %% ../../nbs/54d_rivals.ipynb #54d00081b
 def slice_gpt(
     model:nn.Module, # A Llama, or one that is built alike; left as it is
     width:int, # Directions of the stream that are kept
