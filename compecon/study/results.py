@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['BOOK', 'Source', 'contents', 'ablations', 'perplexities', 'rises', 'plot_rises', 'fastest', 'products',
-           'engine_times', 'plot_engines', 'headlines', 'missing']
+           'engine_times', 'plot_engines', 'losses', 'plot_losses', 'plot_untrained', 'headlines', 'missing']
 
 # %% ../../nbs/63_results.ipynb #b449696a
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ _CONTEST = 'python benchmarks/contest.py --data DATA'
 _NO_STEPS = 'python experiments/untrained.py --data DATA --methods'
 _SHRINK = 'python benchmarks/shrink.py --data DATA'
 _LABELS = 'repair,fisher,magnitude,repair:labels,fisher:labels,taylor:labels,kwon:labels,kprune:labels'
+_LOW = '--budgets 0.4,0.2,0.1,0.05'
 _ABLATION = f'{_CONTEST} --tasks cola --methods fisher --budgets 0.1'
 _LM = ('python experiments/wikitext.py --data DATA --seeds 3 --batch 2 --steps 60 --dense-steps 120 --refit 96 '
        '--dtype bfloat16 --test-tokens 20000 --context 512 --stride 512')
@@ -62,6 +64,8 @@ _TRAINED = [
     Source('shrink.jsonl', 'what does `shrink` keep, without labels and without training?', _all(
         f'{_SHRINK} --methods repair,fisher --only headlines,images,answers-forums',
         f'{_SHRINK} --methods repair,fisher --budgets 0.4,0.2 --without headlines,images',
+        *(f'{_SHRINK} --task {t} --methods repair,grail,osscar,slimgpt {_LOW}' for t in ('embedding', 'stsb', 'cola')),
+        *(f'{_SHRINK} --task {t} --methods kprune:labels {_LOW}' for t in ('stsb', 'cola')),
         f'{_SHRINK} --methods activation,magnitude,random',
         f'{_SHRINK} --methods torch-pruning --budgets 0.6,0.4',
         f'{_SHRINK} --task minilm-l3 --methods repair,fisher --budgets 0.6,0.4',
@@ -76,8 +80,8 @@ _TRAINED = [
     Source('wikitext.jsonl', 'how much perplexity does a decoder lose with its parameters?', _all(
         f'{_LM} --methods repair --lr 2e-4', f'{_LM} --methods taylor,fisher,any-price --lr 3e-4')),
     Source('untrained.jsonl', 'and without any training, by ours and by rivals?',
-           _all(f'{_NO_STEPS} repair --seeds 3',
-                f'{_NO_STEPS} slimgpt,osscar,wanda_sp,shortgpt,slimgpt-even,grail-strong,flap-even')),
+           _all(f'{_NO_STEPS} repair,slimgpt --seeds 3', f'{_NO_STEPS} repair --params 0.74,0.52,0.33',
+                f'{_NO_STEPS} osscar,grail-strong')),
     Source('context.jsonl', 'do gates pay that read their input?', _all(
         f'{_CONTEXT} --task cola', f'{_CONTEXT} --task stsb --seeds 1'))]
 
@@ -95,6 +99,7 @@ _SPEED = [
     Source('generation.jsonl', 'how fast does a settled decoder write?',
            'python benchmarks/generation.py --threads 1')]
 
+# %% ../../nbs/63_results.ipynb #af6eac4fb
 _CLAIMED = [
     Source('scarcity.jsonl', 'where does attention go when it gets scarce?', _all(
         f'{_SCARCITY} --task stsb', f'{_SCARCITY} --task cola',
@@ -105,6 +110,12 @@ _CLAIMED = [
            'python experiments/faithfulness.py --data DATA --task stsb,cola')]
 
 _REPLACED = [
+    Source('shrink-all-below.jsonl', 'and when a repair made up for all that was missing below?', _all(
+        f'{_SHRINK} --methods repair --only headlines,images,answers-forums',
+        f'{_SHRINK} --methods repair --budgets 0.4,0.2 --without headlines,images',
+        f'{_SHRINK} --task minilm-l3 --methods repair --budgets 0.6,0.4',
+        f'{_SHRINK} --task stsb --methods repair', f'{_SHRINK} --task cola --methods repair'),
+        '04f333a'),
     Source('shrink-half-power.jsonl', 'and with the square root of a sub-layer\'s mean taken out of every value?', _all(
         f'{_SHRINK} --methods repair --only headlines,images,answers-forums',
         f'{_SHRINK} --methods repair --budgets 0.4 --without headlines,images',
@@ -228,30 +239,43 @@ def _shown_rise(row):
     spread = f' ± {row.half:.0f}' if row.seeds > 1 else ''
     return f'{row.rise:+.0f}{spread} ({row.seeds})'
 
+_COLOURS = dict(repair='C3', slimgpt='C0', osscar='C1', grail='C2', wanda_sp='C4', flap='C5', shortgpt='C6',
+                kprune='C7', kwon='C8', fisher='C9')
+
+def _draw(table, of, methods, ax): # A labelled line for each method: what is lost, by what is left
+    import matplotlib.pyplot as plt
+    if ax is None: ax = plt.subplots(figsize=(6, 3.6))[1]
+    for method in methods:
+        rows = table[table.method == method].sort_values('left', ascending=False)
+        if rows.empty: continue
+        ours, colour = method == 'repair', _COLOURS[method.split('-')[0]]
+        ax.errorbar(rows.left, rows[of], rows.half.fillna(0), marker='o', ms=4, capsize=2, color=colour,
+                    lw=2.5 if ours else 1)
+        last = rows.iloc[-1]
+        ax.annotate('compecon' if ours else method, (last.left, last[of]), xytext=(7, -3), fontsize=8, color=colour,
+                    textcoords='offset points', weight='bold' if ours else 'normal')
+    ax.invert_xaxis()
+    plt.close(ax.figure)
+    return ax
+
+# %% ../../nbs/63_results.ipynb #5d128cac
+_DECODER_METHODS = 'repair', 'slimgpt', 'grail-strong', 'osscar', 'wanda_sp', 'shortgpt'
+
 def plot_rises(
     records:pd.DataFrame, # From read_runs of `untrained.jsonl`
-    text:str='wikitext', # That methods saw
-    highest:float=400. # Percent that are shown
-    ): # A matplotlib figure
-    "What is lost without training, a labelled line for each method"
-    import matplotlib.pyplot as plt
-    table = rises(records[(records.text == text) & (records.steps == 0)])
-    figure, ax = plt.subplots(figsize=(7, 4))
-    for i, (method, rows) in enumerate(table.sort_values('params').groupby('method', sort=False)):
-        rows = rows[rows.rise <= highest]
-        if rows.empty: continue
-        ours = method == 'repair'
-        ax.errorbar(100*rows.achieved, rows.rise, rows.half.fillna(0), marker='o', ms=4, capsize=2,
-                    color='C3' if ours else f'C{(i % 9 + 4) % 10}', lw=2.5 if ours else 1)
-        at = rows.iloc[0]
-        ax.annotate('compecon' if ours else method, (100*at.achieved, at.rise), xytext=(7, -3), fontsize=8,
-                    textcoords='offset points', weight='bold' if ours else 'normal')
+    ax=None, # Of a figure; of a new one if `None`
+    highest:float=400., # Percent that are shown
+    methods:Sequence[str]=_DECODER_METHODS # That are shown
+    ): # The axes
+    "What a decoder loses without training, a labelled line for each method"
+    table = rises(records[(records.text == 'wikitext') & (records.steps == 0)])
+    table = table[table.rise <= highest].assign(left=100*table.achieved)
+    ax = _draw(table, 'rise', methods, ax)
     ax.set(xlabel='% of the parameters', ylabel='% of perplexity more', yscale='log')
     ax.set_yticks(ticks := [10, 20, 50, 100, 200, 400], map(str, ticks))
-    ax.margins(x=0.18)
-    ax.invert_xaxis()
-    plt.close(figure)
-    return figure
+    ax.minorticks_off()
+    ax.margins(x=0.3)
+    return ax
 
 # %% ../../nbs/63_results.ipynb #794f7d14
 def fastest(
@@ -327,6 +351,52 @@ def plot_engines(
     plt.close(figure)
     return figure
 
+# %% ../../nbs/63_results.ipynb #5d128cad
+_ENCODER_METHODS = 'repair', 'slimgpt', 'osscar', 'grail', 'kprune', 'fisher'
+
+def losses(
+    records:pd.DataFrame # From read_runs of `shrink.jsonl`
+    )->pd.DataFrame: # For each model, task, method and budget: `lost`, `half`, `seeds`, `left`
+    "Points lost on the half of validation that no choice has seen, with half of the interval over seeds"
+    by = ['model', 'task', 'method', 'labels', 'budget']
+    some = records[(records.split == 'third') & (records.without == '') & (records.samples == 512)]
+    once = some.drop_duplicates([*by, 'seed'], keep='last')
+    once = once.assign(lost=100*(once.dense - once.score), left=100*once.achieved)
+    table = once.groupby(by, sort=False).agg(
+        lost=('lost', 'mean'), sd=('lost', 'std'), seeds=('seed', 'nunique'), left=('left', 'mean')).reset_index()
+    return table.assign(half=half_interval(table.sd, table.seeds))
+
+def plot_losses(
+    records:pd.DataFrame, # From read_runs of `shrink.jsonl`
+    model:str='minilm', # As it comes, or `'minilm fine-tuned'`
+    task:str='stsb', # Of the model
+    ax=None, # Of a figure; of a new one if `None`
+    highest:float=20., # Points that are shown
+    methods:Sequence[str]=_ENCODER_METHODS # That are shown
+    ): # The axes
+    "What an encoder loses without training, a labelled line for each method"
+    table = losses(records)
+    table = table[(table.model == model) & (table.task == task) & (table.lost <= highest)]
+    with_labels = table.labels & (table.method == 'kprune')  # it needs them
+    ax = _draw(table[with_labels | ~table.labels], 'lost', methods, ax)
+    ax.set(xlabel='% of the FLOPs', ylabel='points lost', xscale='log')
+    ax.set_xticks(ticks := [80, 60, 40, 20, 10, 5], map(str, ticks))
+    ax.minorticks_off()
+    ax.margins(x=0.3)
+    return ax
+
+# %% ../../nbs/63_results.ipynb #5d128caf
+def plot_untrained(
+    folder:str|Path='results' # With the files of BOOK
+    ): # A matplotlib figure
+    "What is lost without training: an encoder on the left, a decoder on the right"
+    import matplotlib.pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+    plot_losses(read_runs(Path(folder)/'shrink.jsonl'), ax=left).set_title('all-MiniLM', fontsize=10)
+    plot_rises(read_runs(Path(folder)/'untrained.jsonl'), ax=right).set_title('SmolLM2-135M', fontsize=10)
+    figure.tight_layout()
+    return figure
+
 # %% ../../nbs/63_results.ipynb #705c7b30
 _METRICS = dict(spearman='Spearman', matthews='Matthews', accuracy='accuracy')
 _TASKS = dict(stsb='STS-B', cola='CoLA', mnli='MNLI, 2.5 % of it')
@@ -370,6 +440,7 @@ def _one_checkpoint(runs, name):
     return (f'**One checkpoint for any budget** ({name}, {table.seeds.min()} seeds): {scores}; '
             f'dense {table.dense.iloc[0]:.3f}.')
 
+# %% ../../nbs/63_results.ipynb #e1b341c8b
 def _trained(runs):
     if runs.empty: return []
     found = [_budgets_hold(runs[runs.method != 'dense'])]
@@ -386,6 +457,7 @@ def _untrained(runs):
     qualities = '' if runs.empty else _qualities(runs, 'stsb', (.4, .2), 'repair')
     return [f'**Without any training** (STS-B). {qualities}.'] if qualities else []
 
+# %% ../../nbs/63_results.ipynb #e1b341c8c
 def _without_labels(records): # The embedder, on the half that no choice saw
     if records.empty: return []
     some = records[(records.model == 'minilm') & (records.split == 'third')]
@@ -470,6 +542,7 @@ def _engines(peers):
     return [f"**In the engines that people have** ({some.device.iloc[-1]}, one thread, all-MiniLM, 16 tokens; "
             f"Spearman on STS-B's unseen half; dense, 60 and 40 % of the FLOPs, without training): {said}."]
 
+# %% ../../nbs/63_results.ipynb #54a84e52b
 _SERVED = {'settled and packed': 'settled, packed', 'with int8 weights': 'settled, packed:int8',
            'in eager torch': 'settled', 'opened by a router for each sequence': 'packed, router'}
 
