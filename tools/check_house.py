@@ -1,4 +1,4 @@
-"""The rules of the house: what may import what, lines, numbers in titles, and the sidebar.
+"""The rules of the house: what may import what, lines, numbers in titles, the sidebar, and paths of a machine.
 
 Says what is wrong, and exits 1.
 
@@ -125,6 +125,17 @@ def check_links(found):
                 yield f'{path}: {text} is no link on its page: take the backquotes off'
 
 
+def check_paths(folder):
+    "Neither code nor what it printed names a folder of a machine"
+    for path in sorted(folder.glob('*.ipynb')):
+        for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
+            printed = [o.get('text', []) for o in cell.get('outputs', [])]
+            shown = [v for o in cell.get('outputs', []) for kind, v in o.get('data', {}).items() if 'image' not in kind]
+            text = ''.join(''.join(part) for part in [cell['source'], *printed, *shown])
+            for name in re.findall(r'/(?:work|root|home|Users|tmp)/\w[\w./-]*|[\w./-]+/site-packages/\w+', text):
+                yield f'{path}, cell {cell["id"]}: {name} is a path of this machine: take it out, or clear the output'
+
+
 def check_sidebar(found, config):
     "Every notebook is in the sidebar, once"
     contents = config['website']['sidebar']['contents']
@@ -145,7 +156,7 @@ def main():
     config = yaml.safe_load(Path('_quarto.yml').read_text(encoding='utf-8'))
     wrong = [*check_imports(found), *check_package(Path('compecon')), *check_lines(found, scripts),
              *check_titles(found, Path('nbs')), *check_pages(found), *check_links(found),
-             *check_sidebar(found, config)]
+             *check_sidebar(found, config), *check_paths(Path('nbs'))]
     print('\n'.join(wrong) if wrong else f'{len(found)} notebooks in order')
     sys.exit(bool(wrong))
 

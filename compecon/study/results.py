@@ -242,9 +242,10 @@ def _shown_rise(row):
 _COLOURS = dict(repair='C3', slimgpt='C0', osscar='C1', grail='C2', wanda_sp='C4', flap='C5', shortgpt='C6',
                 kprune='C7', kwon='C8', fisher='C9')
 
-def _draw(table, of, methods, ax): # A labelled line for each method: what is lost, by what is left
+def _draw(table, of, methods, ax, **axes): # A labelled line for each method: what is lost, by what is left
     import matplotlib.pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(6, 3.6))[1]
+    ax.set(**axes)
     for method in methods:
         rows = table[table.method == method].sort_values('left', ascending=False)
         if rows.empty: continue
@@ -254,12 +255,14 @@ def _draw(table, of, methods, ax): # A labelled line for each method: what is lo
         last = rows.iloc[-1]
         ax.annotate('compecon' if ours else method, (last.left, last[of]), xytext=(7, -3), fontsize=8, color=colour,
                     textcoords='offset points', weight='bold' if ours else 'normal')
+    ax.minorticks_off()
+    ax.margins(x=0.3)
     ax.invert_xaxis()
     plt.close(ax.figure)
     return ax
 
 # %% ../../nbs/63_results.ipynb #5d128cac
-_DECODER_METHODS = 'repair', 'slimgpt', 'grail-strong', 'osscar', 'wanda_sp', 'shortgpt'
+_DECODER_METHODS = 'repair', 'slimgpt', 'grail-strong', 'osscar'
 
 def plot_rises(
     records:pd.DataFrame, # From read_runs of `untrained.jsonl`
@@ -270,11 +273,9 @@ def plot_rises(
     "What a decoder loses without training, a labelled line for each method"
     table = rises(records[(records.text == 'wikitext') & (records.steps == 0)])
     table = table[table.rise <= highest].assign(left=100*table.achieved)
-    ax = _draw(table, 'rise', methods, ax)
-    ax.set(xlabel='% of the parameters', ylabel='% of perplexity more', yscale='log')
+    axes = dict(xlabel='% of the parameters', ylabel='% of perplexity more', yscale='log')
+    ax = _draw(table, 'rise', methods, ax, **axes)
     ax.set_yticks(ticks := [10, 20, 50, 100, 200, 400], map(str, ticks))
-    ax.minorticks_off()
-    ax.margins(x=0.3)
     return ax
 
 # %% ../../nbs/63_results.ipynb #794f7d14
@@ -378,11 +379,9 @@ def plot_losses(
     table = losses(records)
     table = table[(table.model == model) & (table.task == task) & (table.lost <= highest)]
     with_labels = table.labels & (table.method == 'kprune')  # it needs them
-    ax = _draw(table[with_labels | ~table.labels], 'lost', methods, ax)
-    ax.set(xlabel='% of the FLOPs', ylabel='points lost', xscale='log')
+    axes = dict(xlabel='% of the FLOPs', ylabel='points lost', xscale='log')
+    ax = _draw(table[with_labels | ~table.labels], 'lost', methods, ax, **axes)
     ax.set_xticks(ticks := [80, 60, 40, 20, 10, 5], map(str, ticks))
-    ax.minorticks_off()
-    ax.margins(x=0.3)
     return ax
 
 # %% ../../nbs/63_results.ipynb #5d128caf
