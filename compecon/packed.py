@@ -16,7 +16,7 @@ from .agents import Sublayer, find_agents
 from .core import has_gates, weight_in_out, width_out
 from .economy import Economy
 from .gates import remove_gates
-from .kernels import ACTIVATIONS, PANEL, open_set, pack_down, pack_up
+from .kernels import ACTIVATIONS, PANEL, open_set, pack_down, pack_up, panels_for
 from .native import huge_pages, load
 
 # %% ../nbs/43_packed.ipynb #b9d295a5
@@ -81,11 +81,14 @@ class _Packed(nn.Module):
         setattr(self, f'panels{number}', _frozen(panels))
         setattr(self, f'scale{number}', _frozen(scale))
 
-    def _apply(self, fn, recurse=True): # Scales stay float32, whatever type the rest gets
-        parameters = self._parameters
-        scales = {k: p.data for k,p in parameters.items() if p is not None and k.startswith('scale')}
+    def _apply(self, fn, recurse=True):
+        "Scales stay float32, whatever type the rest gets, and panels lie as the device that they move to multiplies them"
+        parameters = {k: p for k,p in self._parameters.items() if p is not None}
+        scales = {k: p.data for k,p in parameters.items() if k.startswith('scale')}
         super()._apply(fn, recurse)
-        for k, scale in scales.items(): parameters[k].data = scale.to(parameters[k].device)
+        for k, p in parameters.items():
+            if k in scales: p.data = scales[k].to(p.device)
+            elif k.startswith('panels'): p.data = panels_for(p.data, p.device)
         huge_pages(self.parameters())
         return self
 
@@ -139,7 +142,8 @@ class PackedDown(_Packed):
         ):
         super().__init__(state, projection, projection.bias)
         weight = weight_in_out(projection).T
-        self._keep(*pack_down(weight, weight.shape[1]//state.n, dtype))
+        self.width = weight.shape[1]//state.n # Features of an agent
+        self._keep(*pack_down(weight, self.width, dtype))
 
     def forward(self, x):
         opened = self.state.on(x.device)
@@ -149,7 +153,7 @@ class PackedDown(_Packed):
         return y.reshape(*lead, -1)
 
     def _picked(self, x, opened): # (..., heads*width) -> (pairs, rows, width)
-        width = self.panels.shape[2]
+        width = self.width
         if self.state.few or self.state.all:
             return x.reshape(-1, x.shape[-1]//width, width).transpose(0, 1)[:len(opened.block)]
         return x.reshape(opened.groups, -1, opened.blocks, width).transpose(1, 2)[opened.group, opened.block]

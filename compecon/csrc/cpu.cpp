@@ -1,10 +1,16 @@
 // Products over open blocks on a CPU. `compecon.kernels` says what they compute; this file says how fast.
 //
-// Weights are packed in panels of 16 columns, so that a block is one contiguous stream: what is closed is never read, and nothing is copied.
-//   up    (blocks, width/16, inputs, 16)     a block makes `width` features of all inputs
-//   down  (blocks, outputs/16, width, 16)    a block adds what its `width` features say to all outputs
-// A tile is some rows times one panel. Its sums stay in registers: 12 rows of one AVX-512 register, 6 of two AVX ones, and so on.
-// All arithmetic is float32; weights may also be bfloat16, or int8 with a scale for each output.
+// Weights are packed in panels of 16 columns, so that a block is one contiguous stream: what is closed is never read,
+// and nothing is copied per call. A panel is made of lines of 64 bytes: 16 columns of one input (float32), of two
+// (bfloat16) or of four (int8), side by side as one instruction wants them.
+//   up    (blocks, width/16, lines of inputs, 16, UNIT)   a block makes `width` features of all inputs
+//   down  (blocks, outputs/16, lines of width, 16, UNIT)  a block adds what its `width` features say to all outputs
+// A tile is some rows times one panel or two. Its sums stay in registers while lines stream by.
+//
+// Products are in the type that weights are kept in. float32: as they are. bfloat16: inputs are rounded to it, sums are
+// float32. int8: each row of inputs is scaled to -127..127 by its largest number, sums are exact integers, and are
+// scaled back at the end. Every variant of this file gives the same integers; they differ in the instructions that they
+// have.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -12,13 +18,18 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <optional>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -28,157 +39,290 @@ using torch::stable::Tensor;
 using Type = torch::headeronly::ScalarType;
 using Maybe = std::optional<Tensor>;
 
-// ---- A panel: 16 columns, in as many registers as they take
+// ---- Vectors: 16 columns, in as many registers as they take
 
-constexpr int64_t PANEL = 16;
+constexpr int64_t PANEL = 16, LINE = 64;
 #if defined(__AVX512F__)
-constexpr int LANES = 16, ROWS = 16;
+constexpr int LANES = 16, ROWS = 12, TOGETHER = 2;  // columns of a register; rows and panels of a tile
 #elif defined(__AVX2__)
-constexpr int LANES = 8, ROWS = 6;
+constexpr int LANES = 8, ROWS = 6, TOGETHER = 1;
 #elif defined(__aarch64__)
-constexpr int LANES = 4, ROWS = 6;
+constexpr int LANES = 4, ROWS = 6, TOGETHER = 1;
 #else
-constexpr int LANES = 4, ROWS = 2;
+constexpr int LANES = 4, ROWS = 2, TOGETHER = 1;
 #endif
-constexpr int PARTS = PANEL/LANES;
+constexpr int PARTS = PANEL / LANES;
 constexpr int64_t CHUNK = 96;  // rows whose features stay in the second-level cache
 
-typedef float Lanes __attribute__((vector_size(LANES*4)));
-typedef int32_t Ints __attribute__((vector_size(LANES*4)));
-typedef float LooseFloats __attribute__((vector_size(LANES*4), aligned(4), may_alias));
-typedef uint16_t LooseHalves __attribute__((vector_size(LANES*2), aligned(2), may_alias));
-typedef int8_t LooseBytes __attribute__((vector_size(LANES), aligned(1), may_alias));
-typedef uint16_t bfloat16;
+typedef float Lanes __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef float LooseFloats __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t LooseInts __attribute__((vector_size(LANES * 4), aligned(1), may_alias));
+typedef int16_t Shorts __attribute__((vector_size(LANES * 2)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
+struct bfloat16 {
+  uint16_t bits;
+};
 
 #define INLINE inline __attribute__((always_inline))
 
-template<class To, class From> INLINE To bits(From from) { To to; static_assert(sizeof to == sizeof from); std::memcpy(&to, &from, sizeof to); return to; }
+template<class To, class From> INLINE To bits(From from) {
+  To to;
+  static_assert(sizeof to == sizeof from);
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+template<class To> INLINE To read(const void* p) {
+  To to;
+  std::memcpy(&to, p, sizeof to);
+  return to;
+}
+template<class From> INLINE void write(void* p, From from) { std::memcpy(p, &from, sizeof from); }
 
 INLINE Lanes load(const float* p) { return *(const LooseFloats*)p; }
-INLINE Lanes load(const bfloat16* p) { return bits<Lanes>(__builtin_convertvector(*(const LooseHalves*)p, Ints) << 16); }
-#if defined(__AVX512F__)  // one instruction, which the compiler does not find
-INLINE Lanes load(const int8_t* p) { return (Lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
-#elif defined(__AVX2__)
-INLINE Lanes load(const int8_t* p) { return (Lanes)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
-#else
-INLINE Lanes load(const int8_t* p) { return __builtin_convertvector(__builtin_convertvector(*(const LooseBytes*)p, Ints), Lanes); }
-#endif
 INLINE void store(float* p, Lanes v) { *(LooseFloats*)p = v; }
+INLINE Lanes floats_of(Ints v) { return __builtin_convertvector(v, Lanes); }
 
-struct Panel { Lanes part[PARTS]; };
+INLINE Ints nearest(Lanes v) {  // ties to even; never fused with a product before it, so that all variants agree
+#if defined(__AVX512F__)
+  return (Ints)_mm512_cvtps_epi32((__m512)v);
+#elif defined(__AVX2__)
+  return (Ints)_mm256_cvtps_epi32((__m256)v);
+#elif defined(__aarch64__)
+  return (Ints)vcvtnq_s32_f32((float32x4_t)v);
+#else
+  Ints n;
+  for (int i = 0; i < LANES; i++) n[i] = (int32_t)__builtin_rintf(v[i]);
+  return n;
+#endif
+}
+
+// Halves of float32, rounded to even
+INLINE Ints rounded_to_bfloat16(Lanes v) {
+  Ints u = bits<Ints>(v), up = u + 0x7fff + ((u >> 16) & 1);
+  return (v == v ? up : (u | 0x400000)) & (int32_t)0xffff0000;
+}
+
+// ---- Kinds of weights. A line has UNIT inputs of 16 columns; `add` multiplies it with UNIT inputs of one row
+
+template<class W> struct Kind;
+
+template<> struct Kind<float> {
+  using In = float;
+  using Sum = Lanes;
+  using Weight = Lanes;
+  using Input = float;
+  static constexpr int UNIT = 1;
+  static INLINE Weight weight(const float* line, int part) { return load(line + part * LANES); }
+  static INLINE Input input(const In* x, int64_t line) { return x[line]; }
+  static INLINE void add(Sum& sum, Weight w, Input x) { sum += x * w; }
+  static INLINE Lanes total(Sum sum) { return sum; }
+};
+
+#if defined(__AVX512BF16__)
+template<> struct Kind<bfloat16> {
+  using In = bfloat16;
+  using Sum = Lanes;
+  using Weight = __m512i;
+  using Input = __m512i;
+  static constexpr int UNIT = 2;
+  static INLINE Weight weight(const bfloat16* line, int) { return _mm512_loadu_si512(line); }
+  static INLINE Input input(const In* x, int64_t line) { return _mm512_set1_epi32(read<int32_t>(x + 2 * line)); }
+  static INLINE void add(Sum& sum, Weight w, Input x) {
+    sum = (Lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
+  }
+  static INLINE Lanes total(Sum sum) { return sum; }
+  static INLINE void narrow(In* to, Lanes v) { write(to, _mm512_cvtneps_pbh((__m512)v)); }
+};
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+template<> struct Kind<bfloat16> {
+  using In = bfloat16;
+  using Sum = Lanes;
+  using Weight = bfloat16x8_t;
+  using Input = bfloat16x8_t;
+  static constexpr int UNIT = 2;
+  static INLINE Weight weight(const bfloat16* line, int part) { return vld1q_bf16((const bfloat16_t*)line + part * 8); }
+  static INLINE Input input(const In* x, int64_t line) {
+    return vreinterpretq_bf16_s32(vdupq_n_s32(read<int32_t>(x + 2 * line)));
+  }
+  static INLINE void add(Sum& sum, Weight w, Input x) { sum = (Lanes)vbfdotq_f32((float32x4_t)sum, w, x); }
+  static INLINE Lanes total(Sum sum) { return sum; }
+  static INLINE void narrow(In* to, Lanes v) {
+    write(to, __builtin_convertvector(rounded_to_bfloat16(v) >> 16, Shorts));
+  }
+};
+#else  // no products of bfloat16: two of float32
+template<> struct Kind<bfloat16> {
+  struct Weight {
+    Lanes first, second;
+  };
+  struct Input {
+    float first, second;
+  };
+  using In = float;
+  using Sum = Lanes;
+  static constexpr int UNIT = 2;
+  static INLINE Weight weight(const bfloat16* line, int part) {
+    Ints both = read<Ints>(line + part * LANES * 2);
+    return {bits<Lanes>(both << 16), bits<Lanes>(both & (int32_t)0xffff0000)};
+  }
+  static INLINE Input input(const In* x, int64_t line) { return {x[2 * line], x[2 * line + 1]}; }
+  static INLINE void add(Sum& sum, Weight w, Input x) {
+    sum += x.first * w.first;
+    sum += x.second * w.second;
+  }
+  static INLINE Lanes total(Sum sum) { return sum; }
+  static INLINE void narrow(In* to, Lanes v) { store(to, bits<Lanes>(rounded_to_bfloat16(v))); }
+};
+#endif
+
+// int8. Instructions that want one factor without a sign get the weight plus OFFSET; `start` of a row takes it back
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+template<> struct Kind<int8_t> {
+#if defined(__AVX512VNNI__)
+  using Register = __m512i;
+  static INLINE Register flipped(const void* p) {
+    return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128));
+  }
+  static INLINE Register all(int32_t x) { return _mm512_set1_epi32(x); }
+  static INLINE void add(Ints& sum, Register w, Register x) { sum = (Ints)_mm512_dpbusd_epi32((__m512i)sum, w, x); }
+#else
+  using Register = __m256i;
+  static INLINE Register flipped(const void* p) {
+    return _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)p), _mm256_set1_epi8(-128));
+  }
+  static INLINE Register all(int32_t x) { return _mm256_set1_epi32(x); }
+  static INLINE void add(Ints& sum, Register w, Register x) { sum = (Ints)_mm256_dpbusd_avx_epi32((__m256i)sum, w, x); }
+#endif
+  using In = int8_t;
+  using Sum = Ints;
+  using Weight = Register;
+  using Input = Register;
+  static constexpr int UNIT = 4, OFFSET = 128;
+  static INLINE Weight weight(const int8_t* line, int part) { return flipped(line + part * LANES * 4); }
+  static INLINE Input input(const In* x, int64_t line) { return all(read<int32_t>(x + 4 * line)); }
+  static INLINE Ints total(Sum sum) { return sum; }
+};
+#elif defined(__AVX2__)  // no products of bytes: pairs of 16 bits
+template<> struct Kind<int8_t> {
+#if defined(__AVX512BW__)
+  using Register = __m512i;
+  static INLINE Register wide(const int8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
+  static INLINE Register all(int64_t x) { return _mm512_set1_epi64(x); }
+  static INLINE Register times(Register w, Register x) { return _mm512_madd_epi16(w, x); }
+  static INLINE Register added(Register a, Register b) { return _mm512_add_epi32(a, b); }
+#else
+  using Register = __m256i;
+  static INLINE Register wide(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
+  static INLINE Register all(int64_t x) { return _mm256_set1_epi64x(x); }
+  static INLINE Register times(Register w, Register x) { return _mm256_madd_epi16(w, x); }
+  static INLINE Register added(Register a, Register b) { return _mm256_add_epi32(a, b); }
+#endif
+  struct Pair {  // of half the columns each, of a column two sums
+    Register low, high;
+    INLINE void operator+=(Pair more) { low = added(low, more.low), high = added(high, more.high); }
+  };
+  using In = int16_t;
+  using Sum = Pair;
+  using Weight = Pair;
+  using Input = Register;
+  static constexpr int UNIT = 4, OFFSET = 0;
+  static INLINE Weight weight(const int8_t* line, int part) {
+    const int8_t* p = line + part * LANES * 4;
+    return {wide(p), wide(p + LANES * 2)};
+  }
+  static INLINE Input input(const In* x, int64_t line) { return all(read<int64_t>(x + 4 * line)); }
+  static INLINE void add(Sum& sum, Weight w, Input x) { sum += {times(w.low, x), times(w.high, x)}; }
+  static INLINE Ints total(Sum sum) {
+#if defined(__AVX512BW__)
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
+    return (Ints)_mm512_permutex2var_epi32(sum.low, even, sum.high) +
+           (Ints)_mm512_permutex2var_epi32(sum.low, odd, sum.high);
+#else
+    return (Ints)_mm256_permute4x64_epi64(_mm256_hadd_epi32(sum.low, sum.high), 0b11011000);
+#endif
+  }
+};
+#elif defined(__ARM_FEATURE_DOTPROD)
+template<> struct Kind<int8_t> {
+  using In = int8_t;
+  using Sum = Ints;
+  using Weight = int8x16_t;
+  using Input = int8x16_t;
+  static constexpr int UNIT = 4, OFFSET = 0;
+  static INLINE Weight weight(const int8_t* line, int part) { return vld1q_s8(line + part * 16); }
+  static INLINE Input input(const In* x, int64_t line) {
+    return vreinterpretq_s8_s32(vdupq_n_s32(read<int32_t>(x + 4 * line)));
+  }
+  static INLINE void add(Sum& sum, Weight w, Input x) { sum = (Ints)vdotq_s32((int32x4_t)sum, w, x); }
+  static INLINE Ints total(Sum sum) { return sum; }
+};
+#else
+template<> struct Kind<int8_t> {
+  struct Weight {
+    Ints of[4];
+  };  // the four bytes of each column
+  using In = int32_t;
+  using Sum = Ints;
+  using Input = const int32_t*;
+  static constexpr int UNIT = 4, OFFSET = 0;
+  static INLINE Weight weight(const int8_t* line, int part) {
+    Ints v = read<Ints>(line + part * LANES * 4);
+    return {{(v << 24) >> 24, (v << 16) >> 24, (v << 8) >> 24, v >> 24}};
+  }
+  static INLINE Input input(const In* x, int64_t line) { return x + 4 * line; }
+  static INLINE void add(Sum& sum, Weight w, Input x) {
+    for (int j = 0; j < 4; j++) sum += w.of[j] * x[j];
+  }
+  static INLINE Ints total(Sum sum) { return sum; }
+};
+#endif
+template<class W> using In = typename Kind<W>::In;
+template<class W> constexpr bool SCALED = std::is_same_v<W, int8_t>;
+template<class W> constexpr int64_t STEP = PANEL * Kind<W>::UNIT;  // weights of a line
 
 // ---- Activations, as compecon.kernels.ACTIVATIONS numbers them
 
 INLINE Lanes exponential(Lanes x) {  // Cephes' expf, to 2e-7
   x = x > -87.3f ? x : Lanes{} - 87.3f;
   x = x < 88.3f ? x : Lanes{} + 88.3f;
-  Ints n = __builtin_convertvector(x*1.44269504f + 0.5f, Ints);
-  n += __builtin_convertvector(n, Lanes) > x*1.44269504f + 0.5f;  // floor
+  Ints n = __builtin_convertvector(x * 1.44269504f + 0.5f, Ints);
+  n += __builtin_convertvector(n, Lanes) > x * 1.44269504f + 0.5f;  // floor
   Lanes whole = __builtin_convertvector(n, Lanes);
-  x -= whole*0.693359375f; x -= whole*-2.12194440e-4f;
-  Lanes p = x*1.9875691500e-4f + 1.3981999507e-3f;
-  p = p*x + 8.3334519073e-3f; p = p*x + 4.1665795894e-2f; p = p*x + 1.6666665459e-1f; p = p*x + 5.0000001201e-1f;
-  return (p*x*x + x + 1.f)*bits<Lanes>((n + 127) << 23);
+  x -= whole * 0.693359375f;
+  x -= whole * -2.12194440e-4f;
+  Lanes p = x * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * x + 8.3334519073e-3f;
+  p = p * x + 4.1665795894e-2f;
+  p = p * x + 1.6666665459e-1f;
+  p = p * x + 5.0000001201e-1f;
+  return (p * x * x + x + 1.f) * bits<Lanes>((n + 127) << 23);
 }
 
 INLINE Lanes normal_cdf(Lanes x) {  // Abramowitz and Stegun 7.1.26, to 1e-7
-  Lanes a = bits<Lanes>(bits<Ints>(x) & 0x7fffffff)*0.70710678f, t = 1.f/(a*0.3275911f + 1.f);
-  Lanes p = t*1.061405429f - 1.453152027f; p = p*t + 1.421413741f; p = p*t - 0.284496736f; p = p*t + 0.254829592f;
-  Lanes tail = 0.5f*p*t*exponential(-a*a);
+  Lanes a = bits<Lanes>(bits<Ints>(x) & 0x7fffffff) * 0.70710678f, t = 1.f / (a * 0.3275911f + 1.f);
+  Lanes p = t * 1.061405429f - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  Lanes tail = 0.5f * p * t * exponential(-a * a);
   return x < 0.f ? tail : 1.f - tail;
 }
 
 INLINE Lanes activate(Lanes x, int64_t activation) {
   switch (activation) {
-    case 1: return x < 0.f ? Lanes{} : x;
-    case 2: return x*normal_cdf(x);
-    case 3: return x/(exponential(-1.5957691216f*(x + 0.044715f*x*x*x)) + 1.f);
-    case 4: return x/(exponential(-x) + 1.f);
-    default: return x;
+    case 1:
+      return x < 0.f ? Lanes{} : x;
+    case 2:
+      return x * normal_cdf(x);
+    case 3:
+      return x / (exponential(-1.5957691216f * (x + 0.044715f * x * x * x)) + 1.f);
+    case 4:
+      return x / (exponential(-x) + 1.f);
+    default:
+      return x;
   }
-}
-
-// ---- One tile
-
-// What to fetch meanwhile, in every eight steps. Many rows: a piece of another panel. One row waits for memory alone, and a processor reads ahead by itself as long as
-// addresses rise; so there it is the start of what follows a gap, and for narrow weights, which are used up more slowly than they are asked for, everything
-struct Ahead { const char* line = nullptr; int64_t bytes = 0; const char* end = nullptr; int64_t gap = 0; };
-template<class W> constexpr int64_t DISTANCE = sizeof(W) < 4 ? 8192 : 4096;
-
-template<int M, class W> INLINE void step(Panel (&sum)[M], const float* const (&x)[M], int64_t k, const W* w) {
-  Panel weights;
-  for (int q = 0; q < PARTS; q++) weights.part[q] = load(w + q*LANES);
-  for (int i = 0; i < M; i++) for (int q = 0; q < PARTS; q++) sum[i].part[q] += x[i][k]*weights.part[q];
-}
-
-// sum[i] += x[i][0..steps) times a panel. With few rows several sums run beside each other, for one addition must wait for the last
-template<int M, class W> INLINE void product(Panel (&sum)[M], const float* const (&x)[M], int64_t steps, const W* w, Ahead ahead) {
-  constexpr int CHAINS = M*PARTS >= 6 ? 1 : M*PARTS >= 3 ? 2 : 4;
-  Panel more[CHAINS][M] = {};
-  int64_t k = 0;
-  for (; k + 8 <= steps; k += 8, w += 8*PANEL) {
-    if constexpr (M == 1) {
-      const char* p = (const char*)w + DISTANCE<W>;
-      const bool over = p >= ahead.end;
-      if (over || sizeof(W) < 4) for (int64_t b = 0; b < 8*PANEL*(int64_t)sizeof(W); b += 64) __builtin_prefetch(p + (over ? ahead.gap : 0) + b, 0, 2);
-    }
-    for (int64_t b = 0; b < ahead.bytes; b += 64) __builtin_prefetch(ahead.line + b, 0, 2);
-    ahead.line += ahead.bytes;
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; j++) step<M>(j % CHAINS ? more[j % CHAINS] : sum, x, k + j, w + j*PANEL);
-  }
-  for (; k < steps; k++, w += PANEL) step<M>(sum, x, k, w);
-  for (int c = 1; c < CHAINS; c++) for (int i = 0; i < M; i++) for (int q = 0; q < PARTS; q++) sum[i].part[q] += more[c][i].part[q];
-}
-
-// Calls f<M>(first row, rows, what to fetch) for tiles of nearly the same height, of which M is at least the rows
-template<class F, int... M> INLINE void dispatch(int64_t rows, F&& f, std::integer_sequence<int, M...>) { (void)((rows <= M && (f.template operator()<M>(), true)) || ...); }
-
-template<class F> INLINE void tiles(int64_t rows, const void* next, int64_t bytes, F&& f) {
-  if (!rows) return;
-  const int64_t n = (rows + ROWS - 1)/ROWS, share = next ? (bytes/n + 63)/64*64 : 0;
-  for (int64_t i = 0, r = 0; i < n; i++) {
-    const int64_t m = rows/n + (i < rows % n);
-    dispatch(m, [&]<int M>() { f.template operator()<M>(r, m, (const char*)next + i*share, share); },
-#if defined(__AVX512F__)
-             std::integer_sequence<int, 1, 2, 4, 6, 8, 12, 16>());
-#else
-             std::integer_sequence<int, 1, 2, 3, 4, 5, 6>());
-#endif
-    r += m;
-  }
-}
-
-// ---- One panel for many rows; `at(r)` says where row r is read and written
-
-struct Row { const float* x; float* y; };
-
-enum class Write { FIRST, TIMES, ADD };  // set; set to the product with what is there; add to what is there
-
-template<class W> struct Weights {
-  const W* w; const float *scale, *bias;
-  int64_t blocks, panels, steps;  // (blocks, panels, steps, 16)
-  const W* panel(int64_t block, int64_t p) const { return w + (block*panels + p)*steps*PANEL; }
-};
-
-INLINE const float* at_or_null(const float* p, int64_t i) { return p ? p + i : nullptr; }
-
-// `next` follows this panel, and weights are read without a gap up to `end`
-template<class W, class At> void panel_rows(const W* w, const float* scale, const float* bias, int64_t steps, int64_t rows, At at, int64_t activation, Write write, const W* next, const W* end) {
-  tiles(rows, rows > 1 ? next : nullptr, steps*PANEL*sizeof(W), [&]<int M>(int64_t first, int64_t m, const char* line, int64_t share) {
-    const float* x[M]; float* y[M];
-    for (int i = 0; i < M; i++) { Row row = at(first + std::min<int64_t>(i, m - 1)); x[i] = row.x; y[i] = row.y; }
-    Panel sum[M] = {};
-    product<M>(sum, x, steps, w, Ahead{line, (share*8/std::max<int64_t>(steps, 1) + 63)/64*64, (const char*)end, next ? (const char*)next - (const char*)end : 0});
-    for (int i = 0; i < M; i++) if (i < m) for (int q = 0; q < PARTS; q++) {
-      Lanes v = sum[i].part[q];
-      if (scale) v *= load(scale + q*LANES);
-      if (bias) v += load(bias + q*LANES);
-      v = activate(v, activation);
-      float* out = y[i] + q*LANES;
-      store(out, write == Write::FIRST ? v : write == Write::TIMES ? v*load(out) : v + load(out));
-    }
-  });
 }
 
 // ---- Open sets: pairs of a group and a block, in rising order
@@ -188,17 +332,26 @@ struct Open {
   int64_t pairs, groups;
   std::vector<int64_t> first;  // group g has the pairs from first[g] to first[g + 1]
 
-  Open(const Tensor& group_, const Tensor& block_, int64_t groups, int64_t blocks) : group((const int64_t*)group_.data_ptr()), block((const int64_t*)block_.data_ptr()), pairs(group_.numel()), groups(groups), first(groups + 1) {
+  Open(const Tensor& group_, const Tensor& block_, int64_t groups, int64_t blocks)
+      : group((const int64_t*)group_.data_ptr()),
+        block((const int64_t*)block_.data_ptr()),
+        pairs(group_.numel()),
+        groups(groups),
+        first(groups + 1) {
     for (int64_t i = 0; i < pairs; i++) {
-      STD_TORCH_CHECK(group[i] >= 0 && group[i] < groups && block[i] >= 0 && block[i] < blocks, "open set: pair (", group[i], ", ", block[i], ") is not one of ", groups, " groups and ", blocks, " blocks");
-      STD_TORCH_CHECK(!i || group[i - 1] < group[i] || (group[i - 1] == group[i] && block[i - 1] < block[i]), "open set: pairs must rise, and (", group[i], ", ", block[i], ") does not");
+      STD_TORCH_CHECK(group[i] >= 0 && group[i] < groups && block[i] >= 0 && block[i] < blocks, "open set: pair (",
+                      group[i], ", ", block[i], ") is not one of ", groups, " groups and ", blocks, " blocks");
+      STD_TORCH_CHECK(!i || group[i - 1] < group[i] || (group[i - 1] == group[i] && block[i - 1] < block[i]),
+                      "open set: pairs must rise, and (", group[i], ", ", block[i], ") does not");
       first[group[i] + 1] = i + 1;
     }
     for (int64_t g = 0; g < groups; g++) first[g + 1] = std::max(first[g], first[g + 1]);
   }
 };
 
-struct ByBlock { std::vector<int64_t> pairs, first; };  // block b is open in pairs[first[b]..first[b + 1])
+struct ByBlock {
+  std::vector<int64_t> pairs, first;
+};  // block b is open in pairs[first[b]..first[b + 1])
 
 ByBlock by_block(const Open& open, int64_t blocks) {
   ByBlock by{std::vector<int64_t>(open.pairs), std::vector<int64_t>(blocks + 1)};
@@ -209,99 +362,449 @@ ByBlock by_block(const Open& open, int64_t blocks) {
   return by;
 }
 
-// Features of pair i, row r at data + i*pair + r*row; inputs and outputs of group g, row r at data + (g*rows + r)*width
-struct Features { float* data; int64_t pair, row; };
-struct Rows { float* data; int64_t rows, width; };
+// ---- One tile
+
+// What to fetch meanwhile. Many rows: pieces of the panels that follow, some with every fourth line. One row waits for
+// memory alone, and a processor reads ahead by itself as long as addresses rise; so there it is the start of what
+// follows a gap, and for narrow weights, which are used up more slowly than they are asked for, everything
+struct Ahead {
+  const char* from = nullptr;
+  int64_t each = 0;
+  const char* end = nullptr;
+  int64_t gap = 0;
+};
+template<class W> constexpr int64_t DISTANCE = sizeof(W) < 4 ? 8192 : 4096;
+
+template<class W, int M, int P> struct Sums {
+  typename Kind<W>::Sum of[M][P * PARTS] = {};
+};
+
+template<class W, int M, int P>
+INLINE void step(Sums<W, M, P>& sums, const In<W>* const (&x)[M], int64_t line, const W* w, int64_t panel) {
+  typename Kind<W>::Weight weights[P * PARTS];
+  for (int p = 0; p < P; p++)
+    for (int q = 0; q < PARTS; q++) weights[p * PARTS + q] = Kind<W>::weight(w + p * panel + line * STEP<W>, q);
+  for (int i = 0; i < M; i++) {
+    const typename Kind<W>::Input input = Kind<W>::input(x[i], line);
+    for (int q = 0; q < P * PARTS; q++) Kind<W>::add(sums.of[i][q], weights[q], input);
+  }
+}
+
+template<class W, int M> INLINE void fetch(Ahead& ahead, const W* line) {
+  if constexpr (M == 1) {
+    const char* p = (const char*)line + DISTANCE<W>;
+    const bool over = p >= ahead.end;
+    if (over || sizeof(W) < 4)
+      for (int64_t b = 0; b < 4 * LINE; b += LINE) __builtin_prefetch(p + (over ? ahead.gap : 0) + b, 0, 2);
+  } else {
+    for (int64_t i = 0; i < ahead.each; i++) __builtin_prefetch(ahead.from + i * LINE, 0, 2);
+    ahead.from += ahead.each * LINE;
+  }
+}
+
+// sums += rows of x times P panels. With few rows several sums run beside each other, for one addition waits for the
+// last
+template<class W, int M, int P> INLINE void product(Sums<W, M, P>& sums, const In<W>* const (&x)[M], int64_t lines,
+                                                    const W* w, int64_t panel, Ahead ahead) {
+  constexpr int TILE = M * P * PARTS, CHAINS = TILE >= 6 ? 1 : TILE >= 3 ? 2 : 4;
+  Sums<W, M, P> more[CHAINS];
+  int64_t k = 0;
+  for (; k + 4 <= lines; k += 4) {
+    fetch<W, M>(ahead, w + k * STEP<W>);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) step<W, M, P>(j % CHAINS ? more[j % CHAINS] : sums, x, k + j, w, panel);
+  }
+  for (; k < lines; k++) step<W, M, P>(sums, x, k, w, panel);
+  for (int c = 1; c < CHAINS; c++)
+    for (int i = 0; i < M; i++)
+      for (int q = 0; q < P * PARTS; q++) sums.of[i][q] += more[c].of[i][q];
+}
+
+// Calls f<M>(first row, rows, tiles) for tiles of nearly the same height, of which M is at least the rows
+template<class F, int... M> INLINE void of_height(int64_t rows, F&& f, std::integer_sequence<int, M...>) {
+  (void)((rows <= M && (f.template operator()<M>(), true)) || ...);
+}
+
+template<class F> INLINE void tiles(int64_t rows, F&& f) {
+  const int64_t n = (rows + ROWS - 1) / ROWS;
+  for (int64_t i = 0, r = 0; i < n; i++) {
+    const int64_t m = n < 3 ? rows / n + (i < rows % n) : std::min<int64_t>(ROWS, rows - r);
+#if defined(__AVX512F__)
+    using Heights = std::integer_sequence<int, 1, 2, 4, 6, 8, 10, 12>;
+#else
+    using Heights = std::integer_sequence<int, 1, 2, 3, 4, 5, 6>;
+#endif
+    of_height(m, [&]<int M>() { f.template operator()<M>(r, m, n); }, Heights());
+    r += m;
+  }
+}
+
+// Calls f<P>() for as many panels side by side
+template<class F> INLINE void of_panels(int64_t panels, F&& f) {
+  if constexpr (TOGETHER > 1)
+    if (panels == 2) return f.template operator()<2>();
+  f.template operator()<1>();
+}
+
+INLINE int64_t panels_at(int64_t p, int64_t end, int64_t rows) {
+  return rows > 1 && p + TOGETHER <= end ? TOGETHER : 1;
+}
+
+// ---- Inputs as a kind wants them: rows in a type of its own, and for int8 each with a scale and a start for its sums
+
+template<class W> struct Inputs {
+  const In<W>* data;
+  int64_t pair, row;  // row r of pair i is at data + i*pair + r*row
+  std::unique_ptr<In<W>[]> memory;
+  std::vector<float> scale;  // of each row of each group
+  std::vector<int32_t> start;
+  const In<W>* at(int64_t i, int64_t r) const { return data + i * pair + r * row; }
+};
+
+struct Scale {
+  float by, back;
+};  // what a row is multiplied by, and its product after that
+
+INLINE Scale scale_of(float largest, bool finite) {
+  if (!finite) return {0.f, NAN};
+  return largest < 1e-30f ? Scale{0.f, 0.f} : Scale{127.f / largest, largest / 127.f};
+}
+
+// The largest number of a stretch of `n`, and nothing but zero in `odd` while all are finite
+INLINE void largest_of(const float* x, int64_t n, float& largest, float& odd) {
+  Lanes most{}, zero{};
+  int64_t c = 0;
+  for (; c + LANES <= n; c += LANES) {
+    const Lanes v = load(x + c), a = bits<Lanes>(bits<Ints>(v) & 0x7fffffff);
+    most = a > most ? a : most;
+    zero += v * 0.f;
+  }
+  for (int i = 0; i < LANES; i++) largest = std::max(largest, most[i]), odd += zero[i];
+  for (; c < n; c++) largest = std::max(largest, std::abs(x[c])), odd += x[c] * 0.f;
+}
+
+// Writes `n` numbers in the kind's type; of int8 gives their sum
+template<class W> INLINE int32_t narrow(const float* x, int64_t n, float by, In<W>* to) {
+  Ints sum{};
+  auto lanes = [&](Lanes v, In<W>* at) {
+    if constexpr (SCALED<W>) {
+      typedef In<W> Narrow __attribute__((vector_size(LANES * sizeof(In<W>))));
+      const Ints n = nearest(v * by);
+      sum += n;
+      write(at, __builtin_convertvector(n, Narrow));
+    } else Kind<W>::narrow(at, v);
+  };
+  int64_t c = 0;
+  for (; c + LANES <= n; c += LANES) lanes(load(x + c), to + c);
+  if (c < n) {
+    float rest[LANES] = {};
+    In<W> narrowed[LANES];
+    std::copy(x + c, x + n, rest);
+    lanes(load(rest), narrowed);
+    std::copy(narrowed, narrowed + (n - c), to + c);
+  }
+  int32_t total = 0;
+  for (int i = 0; i < LANES; i++) total += sum[i];
+  return total;
+}
+
+template<class F> void for_rows(int64_t rows, int64_t width, F&& f) {
+  if (rows * width < 1 << 16) return f(0, rows);
+  torch::stable::parallel_for(0, rows, 16, [&](int64_t a, int64_t b) { f(a, b); });
+}
+
+struct Rows {
+  float* data;
+  int64_t rows, width;
+};  // row r of group g is at data + (g*rows + r)*width
+struct Features {
+  float* data;
+  int64_t pair, row;
+};  // row r of pair i is at data + i*pair + r*row
+
+// Rows of x
+template<class W> Inputs<W> inputs_of(Rows x, int64_t groups) {
+  if constexpr (std::is_same_v<W, float>) return {x.data, x.rows * x.width, x.width, {}, {}, {}};
+  else {
+    const int64_t rows = groups * x.rows;
+    std::unique_ptr<In<W>[]> memory(new In<W>[rows * x.width]);
+    std::vector<float> scale(SCALED<W> ? rows : 0);
+    std::vector<int32_t> start(scale.size());
+    for_rows(rows, x.width, [&](int64_t a, int64_t b) {
+      for (int64_t r = a; r < b; r++) {
+        const float* row = x.data + r * x.width;
+        Scale by{1.f, 1.f};
+        if constexpr (SCALED<W>) {
+          float largest = 0, odd = 0;
+          largest_of(row, x.width, largest, odd);
+          by = scale_of(largest, odd == 0);
+        }
+        const int32_t sum = narrow<W>(row, x.width, by.by, memory.get() + r * x.width);
+        if constexpr (SCALED<W>) scale[r] = by.back, start[r] = -Kind<W>::OFFSET * sum;
+      }
+    });
+    const In<W>* data = memory.get();
+    return {data, x.rows * x.width, x.width, std::move(memory), std::move(scale), std::move(start)};
+  }
+}
+
+// Features of pairs; a row is scaled over all that its group has open
+template<class W> Inputs<W> inputs_of(Features h, const Open& open, int64_t rows, int64_t width) {
+  if constexpr (std::is_same_v<W, float>) return {h.data, h.pair, h.row, {}, {}, {}};
+  else {
+    std::unique_ptr<In<W>[]> memory(new In<W>[open.pairs * rows * width]);
+    std::vector<float> scale(SCALED<W> ? open.groups * rows : 0);
+    std::vector<int32_t> start(scale.size());
+    for_rows(open.groups * rows, open.pairs * width / std::max<int64_t>(1, open.groups), [&](int64_t a, int64_t b) {
+      for (int64_t n = a; n < b; n++) {
+        const int64_t g = n / rows, r = n % rows;
+        Scale by{1.f, 1.f};
+        if constexpr (SCALED<W>) {
+          float largest = 0, odd = 0;
+          for (int64_t i = open.first[g]; i < open.first[g + 1]; i++)
+            largest_of(h.data + i * h.pair + r * h.row, width, largest, odd);
+          by = scale_of(largest, odd == 0);
+        }
+        int32_t sum = 0;
+        for (int64_t i = open.first[g]; i < open.first[g + 1]; i++)
+          sum += narrow<W>(h.data + i * h.pair + r * h.row, width, by.by, memory.get() + (i * rows + r) * width);
+        if constexpr (SCALED<W>) scale[n] = by.back, start[n] = -Kind<W>::OFFSET * sum;
+      }
+    });
+    const In<W>* data = memory.get();
+    return {data, rows * width, width, std::move(memory), std::move(scale), std::move(start)};
+  }
+}
+
+// ---- Panels for many rows; `at(r)` says where row r is read and written
+
+template<class W> struct Row {
+  const In<W>* x;
+  float* y;
+  float scale;
+  int32_t start;
+};
+
+template<class W> Row<W> row_of(const Inputs<W>& x, int64_t pair, int64_t r, int64_t number, float* y) {
+  if constexpr (SCALED<W>) return {x.at(pair, r), y, x.scale[number], x.start[number]};
+  else return {x.at(pair, r), y, 1.f, 0};
+}
+
+template<class W> struct Weights {
+  const W* w;
+  const float *scale, *bias;
+  int64_t blocks, panels, lines;                    // (blocks, panels, lines, 16, UNIT)
+  int64_t size() const { return lines * STEP<W>; }  // of a panel
+  const W* panel(int64_t block, int64_t p) const { return w + (block * panels + p) * size(); }
+};
+
+enum class Write { FIRST, TIMES, SUM };  // set; set to the product with what is there; add sums as they are
+
+// Columns of LANES: a sum as a number, with its scales and bias
+template<class W>
+INLINE Lanes value(typename Kind<W>::Sum sum, const Row<W>& row, const float* scale, const float* bias) {
+  Lanes v;
+  if constexpr (SCALED<W>) v = floats_of(Kind<W>::total(sum) + row.start) * (load(scale) * row.scale);
+  else v = Kind<W>::total(sum);
+  return bias ? v + load(bias) : v;
+}
+
+template<class W, int M, int P> INLINE void put(const Sums<W, M, P>& sums, const Row<W> (&rows)[M], int64_t m,
+                                                const float* scale, const float* bias, int64_t activation,
+                                                Write write) {
+  for (int i = 0; i < M; i++)
+    if (i < m)
+      for (int q = 0; q < P * PARTS; q++) {
+        float* out = rows[i].y + q * LANES;
+        if (write == Write::SUM) {
+          if constexpr (SCALED<W>) *(LooseInts*)out += Kind<W>::total(sums.of[i][q]);
+          else store(out, load(out) + Kind<W>::total(sums.of[i][q]));
+          continue;
+        }
+        Lanes v = activate(value<W>(sums.of[i][q], rows[i], scale + q * LANES, bias ? bias + q * LANES : nullptr),
+                           activation);
+        store(out, write == Write::FIRST ? v : v * load(out));
+      }
+}
+
+// `next` follows these panels, and weights are read without a gap up to `end`
+template<class W, class At> void panel_rows(const W* w, int64_t panels, int64_t lines, const float* scale,
+                                            const float* bias, int64_t rows, At at, int64_t activation, Write write,
+                                            const W* next, const W* end) {
+  of_panels(panels, [&]<int P>() {
+    tiles(rows, [&]<int M>(int64_t first, int64_t m, int64_t n) {
+      Row<W> row[M];
+      const In<W>* x[M];
+      for (int i = 0; i < M; i++) row[i] = at(first + std::min<int64_t>(i, m - 1)), x[i] = row[i].x;
+      Ahead ahead{nullptr, 0, (const char*)end, next ? (const char*)next - (const char*)end : 0};
+      if (M > 1 && next) {  // a share of it for each tile
+        ahead.each = (4 * P + n - 1) / n;
+        ahead.from = (const char*)next + first * P * lines / rows * LINE;
+      }
+      Sums<W, M, P> sums;
+      product<W, M, P>(sums, x, lines, w, lines * STEP<W>, ahead);
+      put<W, M, P>(sums, row, m, scale, bias, activation, write);
+    });
+  });
+}
 
 // ---- Up
 
-template<class W> void up_group(const Weights<W>& w, const Open& open, int64_t g, const float* x, int64_t width, int64_t rows, int64_t q0, int64_t q1, Features h, int64_t activation, Write write) {
-  for (int64_t q = q0; q < q1; q++) {  // panels of all pairs of the group
-    const int64_t i = open.first[g] + q/w.panels, p = q % w.panels, b = open.block[i];
-    const W* next = q + 1 == q1 ? nullptr : w.panel(open.block[open.first[g] + (q + 1)/w.panels], (q + 1) % w.panels);
-    const int64_t column = (b*w.panels + p)*PANEL;
-    panel_rows(w.panel(b, p), at_or_null(w.scale, column), at_or_null(w.bias, column), w.steps, rows,
-               [&](int64_t r) { return Row{x + r*width, h.data + i*h.pair + r*h.row + p*PANEL}; }, activation, write, next, w.panel(b, p + 1));
+INLINE const float* at_or_null(const float* p, int64_t i) { return p ? p + i : nullptr; }
+
+// Panels q0 to q1 of all pairs of a group, for rows r0 to r0 + rows of it
+template<class W> void up_group(const Weights<W>& w, const Open& open, int64_t g, const Inputs<W>& x,
+                                int64_t group_rows, int64_t r0, int64_t rows, int64_t q0, int64_t q1, Features h,
+                                int64_t activation, Write write) {
+  for (int64_t q = q0, together; q < q1; q += together) {
+    const int64_t i = open.first[g] + q / w.panels, p = q % w.panels, b = open.block[i];
+    together = panels_at(p, std::min(w.panels, p + q1 - q), rows);
+    const int64_t after = q + together, j = open.first[g] + after / w.panels;
+    const W* next = after == q1 ? nullptr : w.panel(open.block[j], after % w.panels);
+    const int64_t column = (b * w.panels + p) * PANEL;
+    auto at = [&](int64_t r) {
+      return row_of(x, g, r0 + r, g * group_rows + r0 + r, h.data + i * h.pair + (r0 + r) * h.row + p * PANEL);
+    };
+    panel_rows(w.panel(b, p), together, w.lines, at_or_null(w.scale, column), at_or_null(w.bias, column), rows, at,
+               activation, write, next, w.panel(b, p + together));
   }
 }
 
-template<class W> void up(const Weights<W>& w, const Open& open, Rows x, Features h, int64_t activation, Write write) {
-  using torch::stable::parallel_for;
-  const int64_t threads = torch::stable::get_num_threads();
-  if (x.rows == 1 && x.width && open.groups > 1) {  // a set for each token: block by block, for the tokens that have it open
-    const ByBlock by = by_block(open, w.blocks);
-    parallel_for(0, w.blocks*w.panels, 1, [&](int64_t q0, int64_t q1) {
-      for (int64_t q = q0; q < q1; q++) {
-        const int64_t b = q/w.panels, p = q % w.panels, *pairs = by.pairs.data() + by.first[b];
-        panel_rows(w.panel(b, p), at_or_null(w.scale, q*PANEL), at_or_null(w.bias, q*PANEL), w.steps, by.first[b + 1] - by.first[b],
-                   [&](int64_t r) { return Row{x.data + open.group[pairs[r]]*x.width, h.data + pairs[r]*h.pair + p*PANEL}; }, activation, write, (const W*)nullptr, w.panel(b, p + 1));
+// A set for each token: block by block, for the tokens that have it open
+template<class W>
+void up_tokens(const Weights<W>& w, const Open& open, const Inputs<W>& x, Features h, int64_t activation, Write write) {
+  const ByBlock by = by_block(open, w.blocks);
+  torch::stable::parallel_for(0, w.blocks, 1, [&](int64_t b0, int64_t b1) {
+    for (int64_t b = b0; b < b1; b++) {
+      const int64_t *pairs = by.pairs.data() + by.first[b], rows = by.first[b + 1] - by.first[b];
+      for (int64_t p = 0, together; p < w.panels; p += together) {
+        together = panels_at(p, w.panels, rows);
+        auto at = [&](int64_t r) {
+          const int64_t i = pairs[r], g = open.group[i];
+          return row_of(x, g, 0, g, h.data + i * h.pair + p * PANEL);
+        };
+        const int64_t column = (b * w.panels + p) * PANEL;
+        if (rows)
+          panel_rows(w.panel(b, p), together, w.lines, at_or_null(w.scale, column), at_or_null(w.bias, column), rows,
+                     at, activation, write, (const W*)nullptr, w.panel(b, p + together));
       }
-    });
-    return;
-  }
-  const int64_t chunks = std::max<int64_t>(1, (x.rows + CHUNK - 1)/CHUNK), height = (x.rows + chunks - 1)/chunks;
-  auto chunk = [&](int64_t g, int64_t c, int64_t q0, int64_t q1) {
-    const int64_t r0 = c*height, rows = std::min(x.rows, r0 + height) - r0;
-    if (rows > 0) up_group(w, open, g, x.data + (g*x.rows + r0)*x.width, x.width, rows, q0, q1, Features{h.data + r0*h.row, h.pair, h.row}, activation, write);
-  };
-  auto panels = [&](int64_t g) { return (open.first[g + 1] - open.first[g])*w.panels; };
-  if (open.groups*chunks >= threads) parallel_for(0, open.groups*chunks, 1, [&](int64_t a, int64_t b) { for (; a < b; a++) chunk(a/chunks, a % chunks, 0, panels(a/chunks)); });
-  else for (int64_t g = 0; g < open.groups; g++) parallel_for(0, panels(g), 1, [&](int64_t q0, int64_t q1) { for (int64_t c = 0; c < chunks; c++) chunk(g, c, q0, q1); });
-}
-
-// ---- Down
-
-template<class W> void down_panels(const Weights<W>& w, const Open& open, int64_t g, Features h, int64_t rows, int64_t p0, int64_t p1, float* y, int64_t width) {
-  const int64_t i0 = open.first[g], i1 = open.first[g + 1];
-  for (int64_t p = p0; p < p1; p++) tiles(rows, nullptr, 0, [&]<int M>(int64_t first, int64_t m, const char*, int64_t) {
-    const int64_t mine = first/ROWS % 8;  // this tile fetches the next panel's part of every eighth block
-    Panel sum[M] = {};
-    for (int64_t i = i0; i < i1; i++) {
-      const float* x[M];
-      for (int r = 0; r < M; r++) x[r] = h.data + i*h.pair + (first + std::min<int64_t>(r, m - 1))*h.row;
-      const W* panel = w.panel(open.block[i], p);
-      product<M>(sum, x, w.steps, panel, p + 1 < p1 && i % 8 == mine ? Ahead{(const char*)(panel + w.steps*PANEL), 8*PANEL*(int64_t)sizeof(W)} : Ahead{nullptr, 0});
-    }
-    for (int r = 0; r < M; r++) if (r < m) for (int q = 0; q < PARTS; q++) {
-      Lanes v = sum[r].part[q];
-      if (w.scale) v *= load(w.scale + p*PANEL + q*LANES);
-      if (w.bias) v += load(w.bias + p*PANEL + q*LANES);
-      store(y + (first + r)*width + p*PANEL + q*LANES, v);
     }
   });
 }
 
-// Block by block, so that each is read as one stream; for few rows, and for those that have sets of their own
-template<class W> void down_blocks(const Weights<W>& w, const Open& open, const ByBlock& by, Features h, Rows y, int64_t p0, int64_t p1) {
-  for (int64_t r = 0; r < open.groups*y.rows; r++) for (int64_t c = p0*PANEL; c < p1*PANEL; c++) y.data[r*y.width + c] = w.bias ? w.bias[c] : 0.f;
-  for (int64_t b = 0; b < w.blocks; b++) {
-    const int64_t *pairs = by.pairs.data() + by.first[b], rows = (by.first[b + 1] - by.first[b])*y.rows;
-    int64_t later = b + 1;
-    while (later < w.blocks && by.first[later] == by.first[later + 1]) later++;
-    const W* after = later < w.blocks ? w.panel(later, p0) : nullptr;
-    if (rows) for (int64_t p = p0; p < p1; p++)
-      panel_rows(w.panel(b, p), at_or_null(w.scale, p*PANEL), nullptr, w.steps, rows, [&](int64_t r) {
-        const int64_t i = pairs[r/y.rows], row = r % y.rows;
-        return Row{h.data + i*h.pair + row*h.row, y.data + (open.group[i]*y.rows + row)*y.width + p*PANEL};
-      }, 0, Write::ADD, rows > 1 ? (p + 1 < p1 ? w.panel(b, p + 1) : nullptr) : after, w.panel(b, p1));
+struct Chunks {  // of rows, of nearly the same height
+  int64_t rows, number, height;
+  explicit Chunks(int64_t rows)
+      : rows(rows),
+        number(std::max<int64_t>(1, (rows + CHUNK - 1) / CHUNK)),
+        height(((rows + number - 1) / number + ROWS - 1) / ROWS * ROWS) {}
+  int64_t first(int64_t c) const { return std::min(rows, c * height); }
+  int64_t size(int64_t c) const { return first(c + 1) - first(c); }
+};
+
+// Calls f(group, chunk, first panel, end) so that all threads have work: chunks of rows if there are many, else panels
+template<class Count, class F> void share_out(int64_t groups, const Chunks& chunks, Count panels_of, F f) {
+  using torch::stable::parallel_for;
+  if (groups * chunks.number >= torch::stable::get_num_threads())
+    parallel_for(0, groups * chunks.number, 1, [&](int64_t a, int64_t b) {
+      for (; a < b; a++) f(a / chunks.number, a % chunks.number, 0, panels_of(a / chunks.number));
+    });
+  else
+    for (int64_t g = 0; g < groups; g++)
+      parallel_for(0, panels_of(g), 1, [&](int64_t p0, int64_t p1) {
+        for (int64_t c = 0; c < chunks.number; c++) f(g, c, p0, p1);
+      });
+}
+
+template<class W> void up(const Weights<W>& w, const Open& open, const Inputs<W>& x, int64_t rows, Features h,
+                          int64_t activation, Write write) {
+  if (rows == 1 && open.groups > 1) return up_tokens(w, open, x, h, activation, write);
+  const Chunks chunks(rows);
+  auto panels_of = [&](int64_t g) { return (open.first[g + 1] - open.first[g]) * w.panels; };
+  share_out(open.groups, chunks, panels_of, [&](int64_t g, int64_t c, int64_t q0, int64_t q1) {
+    if (chunks.size(c)) up_group(w, open, g, x, rows, chunks.first(c), chunks.size(c), q0, q1, h, activation, write);
+  });
+}
+
+// ---- Down
+
+// Panels p0 to p1, for some rows of a group: sums stay in registers for all of its blocks
+template<class W> void down_panels(const Weights<W>& w, const Open& open, int64_t g, const Inputs<W>& h, Rows y,
+                                   int64_t r0, int64_t rows, int64_t p0, int64_t p1) {
+  const int64_t i0 = open.first[g], i1 = open.first[g + 1];
+  for (int64_t p = p0, together; p < p1; p += together) {
+    together = panels_at(p, p1, rows);
+    of_panels(together, [&]<int P>() {
+      tiles(rows, [&]<int M>(int64_t first, int64_t m, int64_t n) {
+        const int64_t every = std::min<int64_t>(n, 8);
+        const int64_t mine = first * n / rows % every;  // of so many blocks this tile fetches the next panels
+        Sums<W, M, P> sums;
+        for (int64_t i = i0; i < i1; i++) {
+          const In<W>* x[M];
+          for (int r = 0; r < M; r++) x[r] = h.at(i, r0 + first + std::min<int64_t>(r, m - 1));
+          const W* panel = w.panel(open.block[i], p);
+          Ahead ahead{nullptr, 0, nullptr, 0};
+          if (M > 1 && p + P < p1 && (i - i0) % every == mine)
+            ahead = {(const char*)(panel + P * w.size()), 4 * P, nullptr, 0};
+          product<W, M, P>(sums, x, w.lines, panel, w.size(), ahead);
+        }
+        Row<W> row[M];
+        for (int r = 0; r < M; r++) {
+          const int64_t here = r0 + first + std::min<int64_t>(r, m - 1), n = g * y.rows + here;
+          row[r] = row_of(h, i0, here, n, y.data + n * y.width + p * PANEL);
+        }
+        put<W, M, P>(sums, row, m, at_or_null(w.scale, p * PANEL), at_or_null(w.bias, p * PANEL), 0, Write::FIRST);
+      });
+    });
   }
 }
 
-template<class W> void down(const Weights<W>& w, const Open& open, Features h, Rows y) {
-  using torch::stable::parallel_for;
-  const int64_t threads = torch::stable::get_num_threads();
-  if (y.rows*(open.groups == 1 ? 1 : ROWS) <= ROWS) {
+// Block by block, so that each is read as one stream; for few rows, and for those that have sets of their own. Sums lie
+// in y, integers too, and become numbers at the end
+template<class W> void down_blocks(const Weights<W>& w, const Open& open, const ByBlock& by, const Inputs<W>& h, Rows y,
+                                   int64_t p0, int64_t p1) {
+  const int64_t all = open.groups * y.rows, columns = (p1 - p0) * PANEL;
+  const bool one = y.rows == 1;  // row of each group; otherwise there is one group
+  for (int64_t n = 0; n < all; n++) std::memset(y.data + n * y.width + p0 * PANEL, 0, columns * sizeof(float));
+  for (int64_t b = 0; b < w.blocks; b++) {
+    const int64_t *pairs = by.pairs.data() + by.first[b], rows = (by.first[b + 1] - by.first[b]) * y.rows;
+    if (!rows) continue;
+    int64_t later = b + 1;
+    while (later < w.blocks && by.first[later] == by.first[later + 1]) later++;
+    const W* after = later < w.blocks ? w.panel(later, p0) : nullptr;
+    for (int64_t p = p0, together; p < p1; p += together) {
+      together = panels_at(p, p1, rows);
+      auto at = [&](int64_t r) {
+        const int64_t i = pairs[one ? r : 0], row = one ? 0 : r, n = open.group[i] * y.rows + row;
+        return row_of(h, i, row, n, y.data + n * y.width + p * PANEL);
+      };
+      const W* next = rows > 1 && p + together < p1 ? w.panel(b, p + together) : after;
+      panel_rows(w.panel(b, p), together, w.lines, nullptr, nullptr, rows, at, 0, Write::SUM, next, w.panel(b, p1));
+    }
+  }
+  for (int64_t n = 0; n < all; n++)
+    for (int64_t c = p0 * PANEL; c < p1 * PANEL; c += LANES) {
+      float* at = y.data + n * y.width + c;
+      Lanes v = load(at);
+      if constexpr (SCALED<W>) v = floats_of(bits<Ints>(v) + h.start[n]) * (load(w.scale + c) * h.scale[n]);
+      store(at, w.bias ? v + load(w.bias + c) : v);
+    }
+}
+
+template<class W> void down(const Weights<W>& w, const Open& open, const Inputs<W>& h, Rows y) {
+  constexpr int64_t FEW = sizeof(W) < 4 ? 1 : 8;
+  if (y.rows * (open.groups == 1 ? 1 : FEW) <= FEW) {
     const ByBlock by = by_block(open, w.blocks);
-    parallel_for(0, w.panels, 1, [&](int64_t p0, int64_t p1) { down_blocks(w, open, by, h, y, p0, p1); });
+    torch::stable::parallel_for(0, w.panels, 1,
+                                [&](int64_t p0, int64_t p1) { down_blocks(w, open, by, h, y, p0, p1); });
     return;
   }
-  const int64_t chunks = std::max<int64_t>(1, (y.rows + CHUNK - 1)/CHUNK), height = (y.rows + chunks - 1)/chunks;
-  auto chunk = [&](int64_t g, int64_t c, int64_t p0, int64_t p1) {
-    const int64_t r0 = c*height, rows = std::min(y.rows, r0 + height) - r0;
-    if (rows > 0) down_panels(w, open, g, Features{h.data + r0*h.row, h.pair, h.row}, rows, p0, p1, y.data + (g*y.rows + r0)*y.width, y.width);
-  };
-  if (open.groups*chunks >= threads) parallel_for(0, open.groups*chunks, 1, [&](int64_t a, int64_t b) { for (; a < b; a++) chunk(a/chunks, a % chunks, 0, w.panels); });
-  else for (int64_t g = 0; g < open.groups; g++) parallel_for(0, w.panels, 1, [&](int64_t p0, int64_t p1) { for (int64_t c = 0; c < chunks; c++) chunk(g, c, p0, p1); });
+  const Chunks chunks(y.rows);
+  share_out(
+      open.groups, chunks, [&](int64_t) { return w.panels; },
+      [&](int64_t g, int64_t c, int64_t p0, int64_t p1) {
+        if (chunks.size(c)) down_panels(w, open, g, h, y, chunks.first(c), chunks.size(c), p0, p1);
+      });
 }
 
 // ---- The operators
@@ -310,35 +813,59 @@ float* floats(const Tensor& t) { return (float*)t.data_ptr(); }
 bool is(const Tensor& t, Type type) { return t.scalar_type() == type; }
 
 template<class W> Weights<W> weights(const Tensor& w, const Maybe& scale, const Maybe& bias) {
-  return {(const W*)w.data_ptr(), scale ? floats(*scale) : nullptr, bias ? floats(*bias) : nullptr, w.size(0), w.size(1), w.size(2)};
+  return {(const W*)w.data_ptr(),
+          scale ? floats(*scale) : nullptr,
+          bias ? floats(*bias) : nullptr,
+          w.size(0),
+          w.size(1),
+          w.size(2)};
 }
 
 template<class F> void with_weights(const Tensor& w, const Maybe& scale, const Maybe& bias, F f) {
   switch (w.scalar_type()) {
-    case Type::Float: return f(weights<float>(w, scale, bias));
-    case Type::BFloat16: return f(weights<bfloat16>(w, scale, bias));
-    default: return f(weights<int8_t>(w, scale, bias));
+    case Type::Float:
+      return f(weights<float>(w, scale, bias));
+    case Type::BFloat16:
+      return f(weights<bfloat16>(w, scale, bias));
+    default:
+      return f(weights<int8_t>(w, scale, bias));
   }
 }
 
-void check(const char* name, const Tensor& w, const Maybe& scale, const Maybe& bias, int64_t steps, bool wide) {
-  STD_TORCH_CHECK(w.dim() == 4 && w.size(3) == PANEL && w.is_contiguous(), name, ": weights must be packed, (blocks, panels, inputs, 16)");
-  STD_TORCH_CHECK(w.size(2) == steps, name, ": weights for ", w.size(2), " inputs, and there are ", steps);
-  const int64_t outputs = w.size(1)*PANEL*(wide ? w.size(0) : 1);
-  STD_TORCH_CHECK(is(w, Type::Char) == scale.has_value(), name, ": int8 weights need a scale, and others have none");
-  for (const Maybe* t : {&scale, &bias}) STD_TORCH_CHECK(!*t || (is(**t, Type::Float) && (*t)->numel() == outputs && (*t)->is_contiguous()), name, ": bias and scale must be ", outputs, " numbers of float32");
+int64_t unit(const Tensor& w) { return is(w, Type::Char) ? 4 : is(w, Type::BFloat16) ? 2 : 1; }
+
+void check(const char* name, const Tensor& w, const Maybe& scale, const Maybe& bias, int64_t inputs, bool wide) {
+  const int64_t outputs = w.size(1) * PANEL * (wide ? w.size(0) : 1);
+  STD_TORCH_CHECK(w.size(3) == PANEL && w.is_contiguous(), name,
+                  ": weights must be packed, (blocks, panels, lines, 16, unit)");
+  STD_TORCH_CHECK(w.size(2) * unit(w) == inputs, name, ": weights for ", w.size(2) * unit(w), " inputs, and there are ",
+                  inputs);
+  for (const Maybe* t : {&scale, &bias})
+    STD_TORCH_CHECK(!*t || (is(**t, Type::Float) && (*t)->numel() == outputs && (*t)->is_contiguous()), name,
+                    ": bias and scale must be ", outputs, " numbers of float32");
 }
 
-bool served(const Tensor& x, const Tensor& w, const Maybe& bias) { return is(x, Type::Float) && (is(w, Type::Float) || is(w, Type::BFloat16) || is(w, Type::Char)) && (!bias || is(*bias, Type::Float)); }
+// float32 inputs with weights in lines of their type; others are left to the reference
+bool served(const Tensor& x, const Tensor& w, const Maybe& scale, const Maybe& bias) {
+  STD_TORCH_CHECK(is(w, Type::Char) == scale.has_value(), "int8 weights need a scale, and others have none");
+  const bool narrow = is(w, Type::BFloat16) || is(w, Type::Char),
+             lines = narrow ? w.dim() == 5 && w.size(4) == unit(w) : w.dim() == 4;
+  return is(x, Type::Float) && (narrow || is(w, Type::Float)) && lines && (!bias || is(*bias, Type::Float));
+}
 
-void check_activation(int64_t activation) { STD_TORCH_CHECK(activation >= 0 && activation <= 4, "activation ", activation, " is none of 0 to 4"); }
+void check_activation(int64_t activation) {
+  STD_TORCH_CHECK(activation >= 0 && activation <= 4, "activation ", activation, " is none of 0 to 4");
+}
 
 void check_open(const Tensor& group, const Tensor& block) {
-  for (const Tensor* t : {&group, &block}) STD_TORCH_CHECK(t->dim() == 1 && is(*t, Type::Long) && t->is_contiguous(), "open set: groups and blocks must be vectors of int64");
-  STD_TORCH_CHECK(group.numel() == block.numel(), "open set: ", group.numel(), " groups and ", block.numel(), " blocks");
+  for (const Tensor* t : {&group, &block})
+    STD_TORCH_CHECK(t->dim() == 1 && is(*t, Type::Long) && t->is_contiguous(),
+                    "open set: groups and blocks must be vectors of int64");
+  STD_TORCH_CHECK(group.numel() == block.numel(), "open set: ", group.numel(), " groups and ", block.numel(),
+                  " blocks");
 }
 
-// Other types are left to the reference, which the dispatcher knows under another name
+// The dispatcher knows the reference under another name
 template<class... A> Tensor reference(const char* name, const A&... a) {
   std::array<StableIValue, sizeof...(A)> stack{torch::stable::detail::from(a)...};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
@@ -351,57 +878,104 @@ Tensor features(const Tensor& x, int64_t pairs, int64_t rows, int64_t width, boo
   return torch::stable::transpose(h, 0, 1);
 }
 
-Tensor op_up(const Tensor& x_, const Tensor& w, const Maybe& scale, const Maybe& bias, const Tensor& group, const Tensor& block, int64_t activation, bool rows_first) {
+Tensor op_up(const Tensor& x_, const Tensor& w, const Maybe& scale, const Maybe& bias, const Tensor& group,
+             const Tensor& block, int64_t activation, bool rows_first) {
   check_activation(activation);
-  if (!served(x_, w, bias)) return reference("compecon::up_reference", x_, w, scale, bias, group, block, activation, rows_first);
+  if (!served(x_, w, scale, bias))
+    return reference("compecon::up_reference", x_, w, scale, bias, group, block, activation, rows_first);
   STD_TORCH_CHECK(x_.dim() == 3, "up: x must be (groups, rows, inputs)");
-  check("up", w, scale, bias, x_.size(2), true); check_open(group, block);
-  Tensor x = torch::stable::contiguous(x_), h = features(x, group.numel(), x.size(1), w.size(1)*PANEL, rows_first);
+  check("up", w, scale, bias, x_.size(2), true);
+  check_open(group, block);
+  Tensor x = torch::stable::contiguous(x_), h = features(x, group.numel(), x.size(1), w.size(1) * PANEL, rows_first);
   Open open(group, block, x.size(0), w.size(0));
-  with_weights(w, scale, bias, [&](auto weights) { up(weights, open, Rows{floats(x), x.size(1), x.size(2)}, Features{floats(h), h.stride(0), h.stride(1)}, activation, Write::FIRST); });
+  with_weights(w, scale, bias, [&]<class W>(Weights<W> weights) {
+    const Inputs<W> inputs = inputs_of<W>(Rows{floats(x), x.size(1), x.size(2)}, x.size(0));
+    up(weights, open, inputs, x.size(1), Features{floats(h), h.stride(0), h.stride(1)}, activation, Write::FIRST);
+  });
   return h;
 }
 
-Tensor op_down(const Tensor& h_, const Tensor& w, const Maybe& scale, const Maybe& bias, const Tensor& group, const Tensor& block, int64_t groups) {
-  if (!served(h_, w, bias)) return reference("compecon::down_reference", h_, w, scale, bias, group, block, groups);
+Tensor op_down(const Tensor& h_, const Tensor& w, const Maybe& scale, const Maybe& bias, const Tensor& group,
+               const Tensor& block, int64_t groups) {
+  if (!served(h_, w, scale, bias))
+    return reference("compecon::down_reference", h_, w, scale, bias, group, block, groups);
   STD_TORCH_CHECK(h_.dim() == 3, "down: features must be (pairs, rows, width)");
-  check("down", w, scale, bias, h_.size(2), false); check_open(group, block);
-  STD_TORCH_CHECK(h_.size(0) == group.numel(), "down: features of ", h_.size(0), " pairs, and ", group.numel(), " are open");
-  Tensor h = h_.size(2) > 0 && h_.stride(2) == 1 ? h_ : torch::stable::contiguous(h_), y = torch::stable::new_empty(h, {groups, h.size(1), w.size(1)*PANEL});
+  check("down", w, scale, bias, h_.size(2), false);
+  check_open(group, block);
+  STD_TORCH_CHECK(h_.size(0) == group.numel(), "down: features of ", h_.size(0), " pairs, and ", group.numel(),
+                  " are open");
+  STD_TORCH_CHECK(h_.size(2) % PANEL == 0, "down: features of ", h_.size(2), ", and a block has a multiple of 16");
+  Tensor h = h_.size(2) > 0 && h_.stride(2) == 1 ? h_ : torch::stable::contiguous(h_),
+         y = torch::stable::new_empty(h, {groups, h.size(1), w.size(1) * PANEL});
   Open open(group, block, groups, w.size(0));
-  with_weights(w, scale, bias, [&](auto weights) { down(weights, open, Features{floats(h), h.stride(0), h.stride(1)}, Rows{floats(y), h.size(1), y.size(2)}); });
+  with_weights(w, scale, bias, [&]<class W>(Weights<W> weights) {
+    const Inputs<W> inputs = inputs_of<W>(Features{floats(h), h.stride(0), h.stride(1)}, open, h.size(1), h.size(2));
+    down(weights, open, inputs, Rows{floats(y), h.size(1), y.size(2)});
+  });
   return y;
 }
 
-Tensor op_ffn(const Tensor& x_, const Tensor& up_w, const Maybe& up_scale, const Maybe& up_bias, const Maybe& gate_w, const Maybe& gate_scale, const Maybe& gate_bias,
-              const Tensor& down_w, const Maybe& down_scale, const Maybe& down_bias, const Tensor& group, const Tensor& block, int64_t activation) {
-  check_activation(activation);
-  if (!served(x_, up_w, up_bias) || !served(x_, down_w, down_bias) || (gate_w && !served(x_, *gate_w, gate_bias)))
-    return reference("compecon::ffn_reference", x_, up_w, up_scale, up_bias, gate_w, gate_scale, gate_bias, down_w, down_scale, down_bias, group, block, activation);
-  STD_TORCH_CHECK(x_.dim() == 3, "ffn: x must be (groups, rows, inputs)");
-  const int64_t width = up_w.size(1)*PANEL;
-  check("ffn, up", up_w, up_scale, up_bias, x_.size(2), true); check("ffn, down", down_w, down_scale, down_bias, width, false); check_open(group, block);
-  if (gate_w) { check("ffn, gate", *gate_w, gate_scale, gate_bias, x_.size(2), true); STD_TORCH_CHECK(gate_w->size(0) == up_w.size(0) && gate_w->size(1) == up_w.size(1), "ffn: gate and up must have the same shape"); }
-  STD_TORCH_CHECK(down_w.size(0) == up_w.size(0), "ffn: ", up_w.size(0), " blocks up and ", down_w.size(0), " down");
-  Tensor x = torch::stable::contiguous(x_), y = torch::stable::new_empty(x, {x.size(0), x.size(1), down_w.size(1)*PANEL});
-  Open open(group, block, x.size(0), up_w.size(0));
-  // Chunks of rows one after the other, if there is one set for all: their features stay in the cache between up and down
-  const int64_t threads = torch::stable::get_num_threads(), all = x.size(1), chunks = open.groups == 1 ? std::max(all ? threads : 1, (all + CHUNK - 1)/CHUNK) : 1;
-  auto run = [&](float* from, int64_t rows, float* to) {
-    std::vector<float> memory(open.pairs*rows*width);
-    Features h{memory.data(), rows*width, width};
-    Rows in{from, rows, x.size(2)};
-    with_weights(up_w, up_scale, up_bias, [&](auto w) { up(w, open, in, h, gate_w ? 0 : activation, Write::FIRST); });
-    if (gate_w) with_weights(*gate_w, gate_scale, gate_bias, [&](auto w) { up(w, open, in, h, activation, Write::TIMES); });
-    with_weights(down_w, down_scale, down_bias, [&](auto w) { down(w, open, h, Rows{to, rows, y.size(2)}); });
+struct Projection {
+  const Tensor& w;
+  const Maybe &scale, &bias;
+};
+
+// A feed-forward network for rows that lie together
+void ffn_rows(const Projection& first, const Projection* gate, const Projection& second, const Open& open, Rows x,
+              Rows y, int64_t width, int64_t activation) {
+  std::unique_ptr<float[]> memory(new float[open.pairs * x.rows * width]);
+  const Features h{memory.get(), x.rows * width, width};
+  auto project = [&](const Projection& p, int64_t act, Write write) {
+    with_weights(p.w, p.scale, p.bias,
+                 [&]<class W>(Weights<W> w) { up(w, open, inputs_of<W>(x, open.groups), x.rows, h, act, write); });
   };
-  if (chunks == 1 || all < threads*CHUNK/2) run(floats(x), all, floats(y));
-  else {
-    const int64_t height = (all + chunks - 1)/chunks;
-    torch::stable::parallel_for(0, chunks, 1, [&](int64_t a, int64_t b) {
-      for (; a < b; a++) if (const int64_t r = a*height; r < all) run(floats(x) + r*x.size(2), std::min(height, all - r), floats(y) + r*y.size(2));
-    });
+  project(first, gate ? 0 : activation, Write::FIRST);
+  if (gate) project(*gate, activation, Write::TIMES);
+  with_weights(second.w, second.scale, second.bias,
+               [&]<class W>(Weights<W> w) { down(w, open, inputs_of<W>(h, open, x.rows, width), y); });
+}
+
+Tensor op_ffn(const Tensor& x_, const Tensor& up_w, const Maybe& up_scale, const Maybe& up_bias, const Maybe& gate_w,
+              const Maybe& gate_scale, const Maybe& gate_bias, const Tensor& down_w, const Maybe& down_scale,
+              const Maybe& down_bias, const Tensor& group, const Tensor& block, int64_t activation) {
+  check_activation(activation);
+  if (!served(x_, up_w, up_scale, up_bias) || !served(x_, down_w, down_scale, down_bias) ||
+      (gate_w && !served(x_, *gate_w, gate_scale, gate_bias)))
+    return reference("compecon::ffn_reference", x_, up_w, up_scale, up_bias, gate_w, gate_scale, gate_bias, down_w,
+                     down_scale, down_bias, group, block, activation);
+  STD_TORCH_CHECK(x_.dim() == 3, "ffn: x must be (groups, rows, inputs)");
+  const int64_t width = up_w.size(1) * PANEL;
+  check("ffn, up", up_w, up_scale, up_bias, x_.size(2), true);
+  check("ffn, down", down_w, down_scale, down_bias, width, false);
+  check_open(group, block);
+  if (gate_w) {
+    check("ffn, gate", *gate_w, gate_scale, gate_bias, x_.size(2), true);
+    STD_TORCH_CHECK(gate_w->size(0) == up_w.size(0) && gate_w->size(1) == up_w.size(1),
+                    "ffn: gate and up must have the same shape");
   }
+  STD_TORCH_CHECK(down_w.size(0) == up_w.size(0), "ffn: ", up_w.size(0), " blocks up and ", down_w.size(0), " down");
+  Tensor x = torch::stable::contiguous(x_),
+         y = torch::stable::new_empty(x, {x.size(0), x.size(1), down_w.size(1) * PANEL});
+  Open open(group, block, x.size(0), up_w.size(0));
+  const Projection first{up_w, up_scale, up_bias}, second{down_w, down_scale, down_bias};
+  std::optional<Projection> gate;
+  if (gate_w) gate.emplace(Projection{*gate_w, gate_scale, gate_bias});
+  auto run = [&](int64_t r, int64_t rows) {
+    ffn_rows(first, gate ? &*gate : nullptr, second, open, Rows{floats(x) + r * x.size(2), rows, x.size(2)},
+             Rows{floats(y) + r * y.size(2), rows, y.size(2)}, width, activation);
+  };
+  // Chunks of rows one after the other, if there is one set for all: their features stay in the cache between up and
+  // down
+  const int64_t threads = torch::stable::get_num_threads(), all = x.size(1);
+  const int64_t chunks =
+                    open.groups == 1 && all >= threads * CHUNK / 2 ? std::max(threads, (all + CHUNK - 1) / CHUNK) : 1,
+                height = ((all + chunks - 1) / chunks + ROWS - 1) / ROWS * ROWS;
+  if (chunks == 1) run(0, all);
+  else
+    torch::stable::parallel_for(0, chunks, 1, [&](int64_t a, int64_t b) {
+      for (; a < b; a++)
+        if (a * height < all) run(a * height, std::min(height, all - a * height));
+    });
   return y;
 }
 
