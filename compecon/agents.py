@@ -482,7 +482,7 @@ def find_agents(
 
     Raises `ValueError` for packed models, models without layers, a bad `block_size`, and what `check_family` finds.
     """
-    if any(type(getattr(m, 'state', None)).__name__ == 'OpenState' for m in model.modules()):
+    if any(type(getattr(m, 'state', None)).__name__ in ('OpenState', 'WholeState') for m in model.modules()):
         raise ValueError(f'this {type(model).__name__} is packed: use the model that it was packed from. '
                          '(`compecon.packed.open_agents` opens its agents)')
     check_family(model)

@@ -69,6 +69,7 @@ def _mean_word(x, mask): # `(batch, width)`, over real tokens
 
 # %% ../nbs/44_router.ipynb #4cbc2177
 def _by_name(model, args, kwargs): # The arguments of a forward pass
+    if not args: return kwargs
     if len(args) == 1 and isinstance(args[0], Mapping): return {**args[0], **kwargs}
     return {**dict(zip(inspect.signature(model.forward).parameters, args)), **kwargs}
 

@@ -331,6 +331,7 @@ struct Open {
   const int64_t *group, *block;
   int64_t pairs, groups;
   std::vector<int64_t> first;  // group g has the pairs from first[g] to first[g + 1]
+  std::vector<int64_t> memory;
 
   Open(const Tensor& group_, const Tensor& block_, int64_t groups, int64_t blocks)
       : group((const int64_t*)group_.data_ptr()),
@@ -346,6 +347,18 @@ struct Open {
       first[group[i] + 1] = i + 1;
     }
     for (int64_t g = 0; g < groups; g++) first[g + 1] = std::max(first[g], first[g + 1]);
+  }
+
+  // From a mask, row g at mask + g*stride
+  Open(const bool* mask, int64_t stride, int64_t groups, int64_t blocks)
+      : pairs(0), groups(groups), first(groups + 1), memory(2 * groups * blocks) {
+    int64_t *groups_of = memory.data(), *blocks_of = groups_of + groups * blocks;
+    for (int64_t g = 0; g < groups; g++) {
+      for (int64_t b = 0; b < blocks; b++)
+        if (mask[g * stride + b]) groups_of[pairs] = g, blocks_of[pairs++] = b;
+      first[g + 1] = pairs;
+    }
+    group = groups_of, block = blocks_of;
   }
 };
 
@@ -935,6 +948,22 @@ void ffn_rows(const Projection& first, const Projection* gate, const Projection&
                [&]<class W>(Weights<W> w) { down(w, open, inputs_of<W>(h, open, x.rows, width), y); });
 }
 
+// Chunks of rows one after the other, if there is one set for all: their features stay in the cache between up and down
+void ffn(const Projection& first, const Projection* gate, const Projection& second, const Open& open, Rows x, Rows y,
+         int64_t width, int64_t activation) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (open.groups > 1 || x.rows < threads * CHUNK / 2)
+    return ffn_rows(first, gate, second, open, x, y, width, activation);
+  const int64_t chunks = std::max(threads, (x.rows + CHUNK - 1) / CHUNK);
+  const int64_t height = ((x.rows + chunks - 1) / chunks + ROWS - 1) / ROWS * ROWS;
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t a, int64_t b) {
+    for (; a < b; a++)
+      if (const int64_t r = a * height, rows = std::min(height, x.rows - r); rows > 0)
+        ffn_rows(first, gate, second, open, Rows{x.data + r * x.width, rows, x.width},
+                 Rows{y.data + r * y.width, rows, y.width}, width, activation);
+  });
+}
+
 Tensor op_ffn(const Tensor& x_, const Tensor& up_w, const Maybe& up_scale, const Maybe& up_bias, const Maybe& gate_w,
               const Maybe& gate_scale, const Maybe& gate_bias, const Tensor& down_w, const Maybe& down_scale,
               const Maybe& down_bias, const Tensor& group, const Tensor& block, int64_t activation) {
@@ -960,22 +989,256 @@ Tensor op_ffn(const Tensor& x_, const Tensor& up_w, const Maybe& up_scale, const
   const Projection first{up_w, up_scale, up_bias}, second{down_w, down_scale, down_bias};
   std::optional<Projection> gate;
   if (gate_w) gate.emplace(Projection{*gate_w, gate_scale, gate_bias});
-  auto run = [&](int64_t r, int64_t rows) {
-    ffn_rows(first, gate ? &*gate : nullptr, second, open, Rows{floats(x) + r * x.size(2), rows, x.size(2)},
-             Rows{floats(y) + r * y.size(2), rows, y.size(2)}, width, activation);
+  ffn(first, gate ? &*gate : nullptr, second, open, Rows{floats(x), x.size(1), x.size(2)},
+      Rows{floats(y), x.size(1), y.size(2)}, width, activation);
+  return y;
+}
+
+// ---- Whole sub-layers: what a sub-layer writes is added to its input, and normed
+
+struct Norm {
+  const float *weight, *bias;
+  float eps;
+};
+
+// y = norm(x + y), for rows of `width`, a multiple of 16
+void add_and_norm(const float* x, float* y, int64_t rows, int64_t width, Norm norm) {
+  auto sum_of = [](Lanes v) {
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += v[i];
+    return sum;
   };
-  // Chunks of rows one after the other, if there is one set for all: their features stay in the cache between up and
-  // down
-  const int64_t threads = torch::stable::get_num_threads(), all = x.size(1);
-  const int64_t chunks =
-                    open.groups == 1 && all >= threads * CHUNK / 2 ? std::max(threads, (all + CHUNK - 1) / CHUNK) : 1,
-                height = ((all + chunks - 1) / chunks + ROWS - 1) / ROWS * ROWS;
-  if (chunks == 1) run(0, all);
-  else
-    torch::stable::parallel_for(0, chunks, 1, [&](int64_t a, int64_t b) {
-      for (; a < b; a++)
-        if (a * height < all) run(a * height, std::min(height, all - a * height));
+  for (int64_t r = 0; r < rows; r++, x += width, y += width) {
+    Lanes sum{}, squares{};
+    for (int64_t c = 0; c < width; c += LANES) {
+      const Lanes v = load(x + c) + load(y + c);
+      store(y + c, v);
+      sum += v;
+    }
+    const float mean = sum_of(sum) / width;
+    for (int64_t c = 0; c < width; c += LANES) {
+      const Lanes v = load(y + c) - mean;
+      squares += v * v;
+    }
+    const float by = 1 / std::sqrt(sum_of(squares) / width + norm.eps);
+    for (int64_t c = 0; c < width; c += LANES)
+      store(y + c, (load(y + c) - mean) * by * load(norm.weight + c) + load(norm.bias + c));
+  }
+}
+
+// What is added to the scores of a sequence: rows of `keys`, a multiple of 16; closed keys, and those beyond the last
+// token, are minus infinity. One row serves all where the mask has no other
+struct Mask {
+  const char* data = nullptr;
+  bool boolean = false;
+  int64_t sequence = 0, query = 0, key = 0;  // strides
+  void fill(int64_t s, int64_t tokens, int64_t keys, std::vector<float>& rows) const {
+    const int64_t n = query ? tokens : 1;
+    rows.assign(n * keys, -INFINITY);
+    for (int64_t q = 0; q < n; q++)
+      for (int64_t k = 0; k < tokens; k++) {
+        const int64_t i = s * sequence + q * query + k * key;
+        float value = 0;
+        if (data && boolean) value = data[i] ? 0 : -INFINITY;
+        else if (data) value = ((const float*)data)[i];
+        rows[q * keys + k] = value;
+      }
+  }
+};
+
+// Attention of one head in one sequence. A row of `qkv` is query, key and value, `dim` of each
+struct Attention {
+  int64_t tokens, dim, keys;                  // keys: tokens up to whole panels
+  std::vector<float> by_key, by_value, mask;  // panels of 16 keys (dim lines), and of 16 outputs (a line for each key)
+  std::unique_ptr<float[]> scores;            // of the rows of a tile
+
+  Attention(int64_t tokens, int64_t dim)
+      : tokens(tokens),
+        dim(dim),
+        keys((tokens + PANEL - 1) / PANEL * PANEL),
+        by_key(keys * dim),
+        by_value(keys * dim),
+        scores(new float[ROWS * keys]) {}
+
+  void pack(const float* qkv) {
+    for (int64_t t = 0; t < tokens; t++, qkv += 3 * dim) {
+      float* key = by_key.data() + t / PANEL * dim * PANEL + t % PANEL;
+      for (int64_t c = 0; c < dim; c++) key[c * PANEL] = qkv[dim + c];
+      for (int64_t c = 0; c < dim; c++) by_value[(c / PANEL * keys + t) * PANEL + c % PANEL] = qkv[2 * dim + c];
+    }
+  }
+
+  // Scores of a row become weights; gives one over their sum, and 0 where every key is closed
+  static float softmax(float* row, int64_t keys) {
+    Lanes most = load(row), sum{};
+    Ints odd{};
+    for (int64_t k = 0; k < keys; k += LANES) {
+      const Lanes v = load(row + k);
+      most = v > most ? v : most;
+      odd |= v != v;
+    }
+    for (int i = 0; i < LANES; i++)
+      if (odd[i]) return NAN;
+    float largest = most[0], total = 0;
+    for (int i = 1; i < LANES; i++) largest = std::max(largest, most[i]);
+    if (largest == -INFINITY) largest = 0;
+    for (int64_t k = 0; k < keys; k += LANES) {
+      const Lanes v = load(row + k), e = v == -INFINITY ? Lanes{} : exponential(v - largest);
+      store(row + k, e);
+      sum += e;
+    }
+    for (int i = 0; i < LANES; i++) total += sum[i];
+    return total == 0 ? 0 : 1 / total;
+  }
+
+  void run(const float* qkv, float* out) {
+    pack(qkv);
+    const float scale = 1 / std::sqrt((float)dim);
+    const int64_t row = mask.size() > (size_t)keys ? keys : 0;
+    tiles(tokens, [&]<int M>(int64_t first, int64_t m, int64_t) {
+      const float* x[M];
+      for (int i = 0; i < M; i++) x[i] = qkv + (first + std::min<int64_t>(i, m - 1)) * 3 * dim;
+      each_panel(keys / PANEL, m, [&]<int P>(int64_t p) {
+        Sums<float, M, P> sums;
+        product<float, M, P>(sums, x, dim, by_key.data() + p * dim * PANEL, dim * PANEL, Ahead{});
+        for (int i = 0; i < m; i++)
+          for (int q = 0; q < P * PARTS; q++) {
+            const int64_t at = p * PANEL + q * LANES;
+            store(scores.get() + i * keys + at, sums.of[i][q] * scale + load(mask.data() + (first + i) * row + at));
+          }
+      });
+      float by[M] = {};
+      for (int i = 0; i < m; i++) by[i] = softmax(scores.get() + i * keys, keys);
+      for (int i = 0; i < M; i++) x[i] = scores.get() + std::min<int64_t>(i, m - 1) * keys;
+      each_panel(dim / PANEL, m, [&]<int P>(int64_t p) {
+        Sums<float, M, P> sums;
+        product<float, M, P>(sums, x, keys, by_value.data() + p * keys * PANEL, keys * PANEL, Ahead{});
+        for (int i = 0; i < m; i++)
+          for (int q = 0; q < P * PARTS; q++)
+            store(out + (first + i) * dim + p * PANEL + q * LANES, sums.of[i][q] * by[i]);
+      });
     });
+  }
+
+  template<class F> static void each_panel(int64_t panels, int64_t rows, F&& f) {
+    for (int64_t p = 0, together; p < panels; p += together) {
+      together = panels_at(p, panels, rows);
+      of_panels(together, [&]<int P>() { f.template operator()<P>(p); });
+    }
+  }
+};
+
+Norm norm_of(const Tensor& weight, const Tensor& bias, double eps, int64_t width) {
+  for (const Tensor* t : {&weight, &bias})
+    STD_TORCH_CHECK(is(*t, Type::Float) && t->is_contiguous() && t->numel() == width, "norm: weight and bias must be ",
+                    width, " numbers of float32");
+  return {floats(weight), floats(bias), (float)eps};
+}
+
+Mask mask_of(const Maybe& mask, int64_t sequences, int64_t tokens) {
+  if (!mask) return {};
+  STD_TORCH_CHECK(mask->dim() == 4 && (mask->size(0) == sequences || mask->size(0) == 1) && mask->size(1) == 1 &&
+                      (mask->size(2) == tokens || mask->size(2) == 1) && mask->size(3) == tokens,
+                  "attention: the mask must be (", sequences, ", 1, ", tokens, ", ", tokens, ")");
+  auto stride = [&](int d) { return mask->size(d) > 1 ? mask->stride(d) : 0; };
+  return {(const char*)mask->data_ptr(), is(*mask, Type::Bool), stride(0), stride(2), stride(3)};
+}
+
+// Attention of all sequences: projections, heads, and what these write
+void attention(const Projection& first, const Projection& second, const Open& open, Rows x, Rows y, const Mask& mask,
+               int64_t tokens, int64_t dim) {
+  const int64_t sequences = x.rows / tokens, width = 3 * dim;
+  std::unique_ptr<float[]> read(new float[open.pairs * x.rows * width]), heads(new float[open.pairs * x.rows * dim]);
+  with_weights(first.w, first.scale, first.bias, [&]<class W>(Weights<W> w) {
+    up(w, open, inputs_of<W>(x, open.groups), x.rows, Features{read.get(), x.rows * width, width}, 0, Write::FIRST);
+  });
+  torch::stable::parallel_for(0, open.groups * sequences, 1, [&](int64_t a, int64_t b) {
+    Attention one(tokens, dim);
+    for (int64_t s = a; s < b; s++) {
+      const int64_t g = s / sequences, r = s % sequences * tokens;
+      mask.fill(s, tokens, one.keys, one.mask);
+      for (int64_t i = open.first[g]; i < open.first[g + 1]; i++)
+        one.run(read.get() + (i * x.rows + r) * width, heads.get() + (i * x.rows + r) * dim);
+    }
+  });
+  with_weights(second.w, second.scale, second.bias, [&]<class W>(Weights<W> w) {
+    down(w, open, inputs_of<W>(Features{heads.get(), x.rows * dim, dim}, open, x.rows, dim), y);
+  });
+}
+
+// The tensors of a sub-layer; an empty one stands for none
+struct Sublayer {
+  const Tensor &up, &down;
+  Maybe up_scale, up_bias, down_scale, down_bias;
+  const Tensor &norm_weight, &norm_bias;
+  static constexpr int64_t TENSORS = 8;
+
+  static Maybe some(const Tensor& t) { return t.numel() ? Maybe(t) : Maybe(); }
+  explicit Sublayer(const Tensor* t)
+      : up(t[0]),
+        down(t[3]),
+        up_scale(some(t[1])),
+        up_bias(some(t[2])),
+        down_scale(some(t[4])),
+        down_bias(some(t[5])),
+        norm_weight(t[6]),
+        norm_bias(t[7]) {}
+
+  bool served_for(const Tensor& x) const {
+    return served(x, up, up_scale, up_bias) && served(x, down, down_scale, down_bias) && is(norm_weight, Type::Float);
+  }
+  void check_for(int64_t width, bool heads) const {
+    const int64_t reads = up.size(1) * PANEL, writes = down.size(2) * unit(down);
+    check("up", up, up_scale, up_bias, width, true);
+    check("down", down, down_scale, down_bias, writes, false);
+    STD_TORCH_CHECK(reads == (heads ? 3 : 1) * writes, "an agent computes ", reads, " features, and writes from ",
+                    writes);
+    STD_TORCH_CHECK(down.size(1) * PANEL == width && down.size(0) == up.size(0),
+                    "what is written must fit what is read");
+  }
+};
+
+constexpr int64_t HEADS = -1;  // a kind; others are the activation of an FFN
+
+Tensor op_sublayers(const Tensor& x_, const Maybe& mask_, const Tensor& opened, std::vector<int64_t> kinds,
+                    std::vector<Tensor> weights, double eps) {
+  STD_TORCH_CHECK(x_.dim() == 3 && weights.size() == kinds.size() * Sublayer::TENSORS,
+                  "sublayers: x must be (sequences, tokens, inputs), and each kind has ", Sublayer::TENSORS,
+                  " weights");
+  std::vector<Sublayer> sublayers;
+  for (size_t i = 0; i < kinds.size(); i++) sublayers.emplace_back(weights.data() + i * Sublayer::TENSORS);
+  bool all = !mask_ || is(*mask_, Type::Bool) || is(*mask_, Type::Float);
+  for (const Sublayer& s : sublayers) all = all && s.served_for(x_);
+  if (!all) return reference("compecon::sublayers_reference", x_, mask_, opened, kinds, weights, eps);
+  STD_TORCH_CHECK(opened.dim() == 2 && is(opened, Type::Bool) && opened.size(0) > 0 && x_.size(0) % opened.size(0) == 0,
+                  "sublayers: open agents must be a mask of bool, (groups, agents), with groups that divide ",
+                  x_.size(0), " sequences");
+  const Tensor x = torch::stable::contiguous(x_), sets = torch::stable::contiguous(opened);
+  const Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
+  const int64_t tokens = x.size(1), width = x.size(2), groups = sets.size(0), rows = x.size(0) / groups * tokens;
+  const Mask mask = mask_of(mask_, x.size(0), tokens);
+  std::unique_ptr<float[]> memory(new float[kinds.size() > 1 ? groups * rows * width : 0]);
+  Rows from{floats(x), rows, width};
+  int64_t agents = 0;
+  for (size_t i = 0; i < kinds.size(); i++) {
+    const Sublayer& s = sublayers[i];
+    const int64_t n = s.up.size(0), features = s.down.size(2) * unit(s.down);
+    STD_TORCH_CHECK(agents + n <= sets.size(1), "sublayers: a mask of ", sets.size(1), " agents, and there are more");
+    if (kinds[i] != HEADS) check_activation(kinds[i]);
+    s.check_for(width, kinds[i] == HEADS);
+    const Norm norm = norm_of(s.norm_weight, s.norm_bias, eps, width);
+    const Open open((const bool*)sets.data_ptr() + agents, sets.size(1), groups, n);
+    const Rows to{(kinds.size() - i) % 2 ? floats(y) : memory.get(), rows, width};  // the last one writes to y
+    const Projection first{s.up, s.up_scale, s.up_bias}, second{s.down, s.down_scale, s.down_bias};
+    if (kinds[i] == HEADS) attention(first, second, open, from, to, mask, tokens, features);
+    else ffn(first, nullptr, second, open, from, to, features, kinds[i]);
+    for_rows(groups * rows, width, [&](int64_t a, int64_t b) {
+      add_and_norm(from.data + a * width, to.data + a * width, b - a, width, norm);
+    });
+    from = to;
+    agents += n;
+  }
+  STD_TORCH_CHECK(agents == sets.size(1), "sublayers: a mask of ", sets.size(1), " agents, and there are ", agents);
   return y;
 }
 
@@ -985,4 +1248,5 @@ STABLE_TORCH_LIBRARY_IMPL(compecon, CPU, m) {
   m.impl("up", TORCH_BOX(&op_up));
   m.impl("down", TORCH_BOX(&op_down));
   m.impl("ffn", TORCH_BOX(&op_ffn));
+  m.impl("sublayers", TORCH_BOX(&op_sublayers));
 }
