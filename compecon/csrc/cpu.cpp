@@ -21,6 +21,10 @@
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
+#if defined(__AMX_INT8__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <array>
@@ -42,6 +46,9 @@ using Maybe = std::optional<Tensor>;
 // ---- Vectors: 16 columns, in as many registers as they take
 
 constexpr int64_t PANEL = 16, LINE = 64;
+#if defined(__AMX_INT8__) || defined(COMPECON_EMULATE_AMX)
+#define MATRIX_UNIT
+#endif
 #if defined(__AVX512F__)
 constexpr int LANES = 16, ROWS = 12, TOGETHER = 2;  // columns of a register; rows and panels of a tile
 #elif defined(__AVX2__)
@@ -438,12 +445,19 @@ template<class F, int... M> INLINE void of_height(int64_t rows, F&& f, std::inte
   (void)((rows <= M && (f.template operator()<M>(), true)) || ...);
 }
 
-template<class F> INLINE void tiles(int64_t rows, F&& f) {
-  const int64_t n = (rows + ROWS - 1) / ROWS;
+#if defined(MATRIX_UNIT)
+template<class W> constexpr int HEIGHT = std::is_same_v<W, float> ? ROWS : 16;
+#else
+template<class W> constexpr int HEIGHT = ROWS;
+#endif
+
+template<class W, class F> INLINE void tiles(int64_t rows, F&& f) {
+  constexpr int most = HEIGHT<W>;
+  const int64_t n = (rows + most - 1) / most;
   for (int64_t i = 0, r = 0; i < n; i++) {
-    const int64_t m = n < 3 ? rows / n + (i < rows % n) : std::min<int64_t>(ROWS, rows - r);
+    const int64_t m = n < 3 ? rows / n + (i < rows % n) : std::min<int64_t>(most, rows - r);
 #if defined(__AVX512F__)
-    using Heights = std::integer_sequence<int, 1, 2, 4, 6, 8, 10, 12>;
+    using Heights = std::integer_sequence<int, 1, 2, 4, 6, 8, 10, 12, most>;
 #else
     using Heights = std::integer_sequence<int, 1, 2, 3, 4, 5, 6>;
 #endif
@@ -462,6 +476,120 @@ template<class F> INLINE void of_panels(int64_t panels, F&& f) {
 INLINE int64_t panels_at(int64_t p, int64_t end, int64_t rows) {
   return rows > 1 && p + TOGETHER <= end ? TOGETHER : 1;
 }
+
+// ---- Matrix units (AMX). One instruction multiplies 16 rows of 64 bytes with 16 lines of a panel, as they lie in
+// memory
+
+#if defined(MATRIX_UNIT)
+struct Settings {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+#if defined(COMPECON_EMULATE_AMX)  // for tests: what the instructions do, in plain C++
+struct Emulated {
+  uint8_t rows[8] = {};
+  uint16_t bytes[8] = {};
+  uint8_t data[8][16][64] = {};
+};
+static thread_local Emulated emulated;
+template<int T> void tile_zero() { std::memset(emulated.data[T], 0, sizeof emulated.data[T]); }
+template<int T> void tile_load(const void* from, int64_t stride) {
+  for (int r = 0; r < emulated.rows[T]; r++)
+    std::memcpy(emulated.data[T][r], (const char*)from + r * stride, emulated.bytes[T]);
+}
+template<int T> void tile_store(void* to, int64_t stride) {
+  for (int r = 0; r < emulated.rows[T]; r++)
+    std::memcpy((char*)to + r * stride, emulated.data[T][r], emulated.bytes[T]);
+}
+template<class W, int C, int A, int B> void tile_product() {
+  constexpr int UNIT = Kind<W>::UNIT;
+  using Sum = std::conditional_t<UNIT == 4, int32_t, float>;
+  for (int r = 0; r < emulated.rows[A]; r++)
+    for (int c = 0; c < 16; c++) {
+      Sum sum = read<Sum>(emulated.data[C][r] + 4 * c);
+      for (int k = 0; k < emulated.bytes[A] / 4; k++)
+        for (int j = 0; j < UNIT; j++) {
+          const uint8_t *a = emulated.data[A][r] + 4 * k + j * (4 / UNIT),
+                        *b = emulated.data[B][k] + 4 * c + j * (4 / UNIT);
+          if constexpr (UNIT == 4) sum += (int8_t)*a * (int8_t)*b;
+          else sum += bits<float>(read<uint16_t>(a) << 16) * bits<float>(read<uint16_t>(b) << 16);
+        }
+      write(emulated.data[C][r] + 4 * c, sum);
+    }
+}
+void tile_configure(const Settings& s) {
+  for (int t = 0; t < 8; t++) emulated.rows[t] = s.rows[t], emulated.bytes[t] = s.bytes[t];
+}
+void tile_release() {}
+const bool matrix_allowed = true;
+#else
+template<int T> INLINE void tile_zero() { _tile_zero(T); }
+template<int T> INLINE void tile_load(const void* from, int64_t stride) { _tile_loadd(T, from, stride); }
+template<int T> INLINE void tile_store(void* to, int64_t stride) { _tile_stored(T, to, stride); }
+template<class W, int C, int A, int B> INLINE void tile_product() {
+  if constexpr (SCALED<W>) _tile_dpbssd(C, A, B);
+  else _tile_dpbf16ps(C, A, B);
+}
+INLINE void tile_configure(const Settings& s) { _tile_loadconfig(&s); }
+INLINE void tile_release() { _tile_release(); }
+const bool matrix_allowed = syscall(SYS_arch_prctl, 0x1023 /* ask for permission */, 18 /* to use tile data */) == 0;
+#endif
+#endif
+
+// Sums of a tile in the matrix unit: `begin`, any number of `add`, `end`
+template<class W> struct MatrixUnit {
+#if defined(MATRIX_UNIT)
+  int64_t rows = 0, depth = 0, stride = 0;
+  ~MatrixUnit() {
+    if (rows) tile_release();
+  }
+
+  // Does it take so many rows? They must lie at equal distances, and lines must make whole steps
+  bool begin(const In<W>* const* x, int64_t m, int64_t lines) {
+    if constexpr (std::is_same_v<W, float>) return false;
+    if (!matrix_allowed || m < 4 || lines % 4 || !lines) return false;
+    for (int64_t i = 2; i < m; i++)
+      if (x[i] - x[i - 1] != x[1] - x[0]) return false;
+    stride = (const char*)x[1] - (const char*)x[0];
+    const int64_t step = lines % 16 == 0 ? 16 : lines % 8 == 0 ? 8 : 4;
+    if (rows != m || depth != step) {
+      rows = m, depth = step;
+      Settings settings;
+      for (int t : {0, 1}) settings.rows[t] = m, settings.bytes[t] = 64;     // sums
+      settings.rows[2] = m, settings.bytes[2] = 4 * step;                    // inputs
+      for (int t : {3, 4}) settings.rows[t] = step, settings.bytes[t] = 64;  // lines
+      tile_configure(settings);
+    }
+    tile_zero<0>(), tile_zero<1>();
+    return true;
+  }
+
+  template<int P> void add(const In<W>* x, int64_t lines, const W* w, int64_t panel, Ahead ahead) {
+    if constexpr (!std::is_same_v<W, float>)
+      for (int64_t k = 0; k < lines; k += depth) {
+        for (int64_t j = 0; j < depth; j += 4) fetch<W, 2>(ahead, w);
+        tile_load<2>((const char*)x + 4 * k, stride);
+        tile_load<3>(w + k * STEP<W>, LINE);
+        tile_product<W, 0, 2, 3>();
+        if constexpr (P == 2) tile_load<4>(w + panel + k * STEP<W>, LINE), tile_product<W, 1, 2, 4>();
+      }
+  }
+
+  template<int M, int P> void end(Sums<W, M, P>& sums) {
+    if constexpr (!std::is_same_v<W, float>) {
+      alignas(64) float memory[2][16][16];
+      tile_store<0>(memory[0], 64), tile_store<1>(memory[1], 64);
+      for (int i = 0; i < std::min<int64_t>(M, rows); i++)
+        for (int p = 0; p < P; p++) sums.of[i][p] = read<typename Kind<W>::Sum>(memory[p][i]);
+    }
+  }
+#else
+  bool begin(const In<W>* const*, int64_t, int64_t) { return false; }
+  template<int P> void add(const In<W>*, int64_t, const W*, int64_t, Ahead) {}
+  template<int M, int P> void end(Sums<W, M, P>&) {}
+#endif
+};
 
 // ---- Inputs as a kind wants them: rows in a type of its own, and for int8 each with a scale and a start for its sums
 
@@ -644,8 +772,9 @@ template<class W, int M, int P> INLINE void put(const Sums<W, M, P>& sums, const
 template<class W, class At> void panel_rows(const W* w, int64_t panels, int64_t lines, const float* scale,
                                             const float* bias, int64_t rows, At at, int64_t activation, Write write,
                                             const W* next, const W* end) {
+  MatrixUnit<W> unit;
   of_panels(panels, [&]<int P>() {
-    tiles(rows, [&]<int M>(int64_t first, int64_t m, int64_t n) {
+    tiles<W>(rows, [&]<int M>(int64_t first, int64_t m, int64_t n) {
       Row<W> row[M];
       const In<W>* x[M];
       for (int i = 0; i < M; i++) row[i] = at(first + std::min<int64_t>(i, m - 1)), x[i] = row[i].x;
@@ -655,7 +784,11 @@ template<class W, class At> void panel_rows(const W* w, int64_t panels, int64_t 
         ahead.from = (const char*)next + first * P * lines / rows * LINE;
       }
       Sums<W, M, P> sums;
-      product<W, M, P>(sums, x, lines, w, lines * STEP<W>, ahead);
+      if (write != Write::SUM && unit.begin(x, m, lines)) {  // sums that are to be added have the offset of all others
+        unit.template add<P>(x[0], lines, w, lines * STEP<W>, ahead);
+        unit.template end<M, P>(sums);
+        for (Row<W>& r : row) r.start = 0;  // its weights have no offset
+      } else product<W, M, P>(sums, x, lines, w, lines * STEP<W>, ahead);
       put<W, M, P>(sums, row, m, scale, bias, activation, write);
     });
   });
@@ -745,13 +878,15 @@ template<class W> void up(const Weights<W>& w, const Open& open, const Inputs<W>
 template<class W> void down_panels(const Weights<W>& w, const Open& open, int64_t g, const Inputs<W>& h, Rows y,
                                    int64_t r0, int64_t rows, int64_t p0, int64_t p1) {
   const int64_t i0 = open.first[g], i1 = open.first[g + 1];
+  MatrixUnit<W> unit;
   for (int64_t p = p0, together; p < p1; p += together) {
     together = panels_at(p, p1, rows);
     of_panels(together, [&]<int P>() {
-      tiles(rows, [&]<int M>(int64_t first, int64_t m, int64_t n) {
+      tiles<W>(rows, [&]<int M>(int64_t first, int64_t m, int64_t n) {
         const int64_t every = std::min<int64_t>(n, 8);
         const int64_t mine = first * n / rows % every;  // of so many blocks this tile fetches the next panels
         Sums<W, M, P> sums;
+        bool whole = false;  // in the matrix unit
         for (int64_t i = i0; i < i1; i++) {
           const In<W>* x[M];
           for (int r = 0; r < M; r++) x[r] = h.at(i, r0 + first + std::min<int64_t>(r, m - 1));
@@ -759,12 +894,16 @@ template<class W> void down_panels(const Weights<W>& w, const Open& open, int64_
           Ahead ahead{nullptr, 0, nullptr, 0};
           if (M > 1 && p + P < p1 && (i - i0) % every == mine)
             ahead = {(const char*)(panel + P * w.size()), 4 * P, nullptr, 0};
-          product<W, M, P>(sums, x, w.lines, panel, w.size(), ahead);
+          if (i == i0) whole = unit.begin(x, m, w.lines);
+          if (whole) unit.template add<P>(x[0], w.lines, panel, w.size(), ahead);
+          else product<W, M, P>(sums, x, w.lines, panel, w.size(), ahead);
         }
+        if (whole) unit.template end<M, P>(sums);
         Row<W> row[M];
         for (int r = 0; r < M; r++) {
           const int64_t here = r0 + first + std::min<int64_t>(r, m - 1), n = g * y.rows + here;
           row[r] = row_of(h, i0, here, n, y.data + n * y.width + p * PANEL);
+          if (whole) row[r].start = 0;  // its weights have no offset
         }
         put<W, M, P>(sums, row, m, at_or_null(w.scale, p * PANEL), at_or_null(w.bias, p * PANEL), 0, Write::FIRST);
       });
@@ -1095,7 +1234,7 @@ struct Attention {
     pack(qkv);
     const float scale = 1 / std::sqrt((float)dim);
     const int64_t row = mask.size() > (size_t)keys ? keys : 0;
-    tiles(tokens, [&]<int M>(int64_t first, int64_t m, int64_t) {
+    tiles<float>(tokens, [&]<int M>(int64_t first, int64_t m, int64_t) {
       const float* x[M];
       for (int i = 0; i < M; i++) x[i] = qkv + (first + std::min<int64_t>(i, m - 1)) * 3 * dim;
       each_panel(keys / PANEL, m, [&]<int P>(int64_t p) {
