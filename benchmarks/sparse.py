@@ -1,7 +1,7 @@
 """Sparse execution: products over open blocks against torch, and packed models against plain ones.
 
 Run:  python benchmarks/sparse.py [--models bert,minilm] [--tokens 1,16,128,1024] [--open 1,0.75,0.6,0.5,0.25]
-          [--parts ffn,attention,model,error] [--seconds 8] [--device cpu]
+          [--parts ffn,attention,model,error,score] [--seconds 8] [--device cpu] [--data DATA]
 
 Every line of OUT/kernels.jsonl is one way to compute with a share of the agents open: its time as a share of dense
 torch's, interleaved, in thread time, with quartiles; its error against float64; what it reads and computes in a second
@@ -12,7 +12,9 @@ int8, and products in that type; its peers are `masked` (everything is computed)
 copied together), `bmm` (block by block, in a batch), and torch's dynamic int8. `model` has whole models: agents opened
 by a router for each sequence, or settled, in torch, packed, and in ONNX Runtime. Its records at 0.4 compare those that
 a user would choose from. `error` is the distance from float64 of feed-forward networks of all-MiniLM and SmolLM2 with
-their own weights and inputs (of Python's language reference), beside that of torch's dynamic int8.
+their own weights and inputs (of Python's language reference), beside that of torch's dynamic int8. `score` is what all-MiniLM
+keeps of STS-B (Spearman, the half of validation that no choice sees; DATA as for shrink.py), dense and with 40 % of its
+FLOPs, in each engine.
 
 `--tables` prints what is in OUT already, and measures nothing. Goals are printed beside what was reached.
 """
@@ -29,10 +31,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertForSequenceClassification
 
+from shrink import HALVES, scores, texts_of
+from shrink import rows_of as rows_of_stsb
 from compecon import native
 from compecon.agents import example_inputs, find_agents
 from compecon.economy import Economy
-from compecon.export import quantize_onnx, write_onnx
+from compecon.export import load_exported, quantize_onnx, write_onnx
 from compecon.flops import latency
 from compecon.kernels import ACTIVATIONS, down, ffn, open_set, pack_down, pack_up, up
 from compecon.lab.finetune import MINILM, model_source
@@ -42,11 +46,13 @@ from compecon.lab.wikitext import SMOLLM2, load_decoder, python_reference
 from compecon.packed import pack
 from compecon.router import ContextualEconomy, calibrate, pack_router
 from compecon.settle import settle
+from compecon.shrink import shrink
 
 MODELS = dict(
     bert=dict(hidden_size=768, num_hidden_layers=12, intermediate_size=3072, num_attention_heads=12),
     minilm=dict(hidden_size=384, num_hidden_layers=6, intermediate_size=1536, num_attention_heads=12))
-PARTS = 'ffn', 'attention', 'model', 'error'
+PARTS = 'ffn', 'attention', 'model', 'error', 'score'
+APART = 'error', 'score'  # of models of their own
 LAYERS, BLOCK, HEADS_OPEN = 12, 32, 7
 KEPT_AS = {'': None, ':bfloat16': torch.bfloat16, ':int8': torch.int8}  # names of ours, and how weights are kept
 TOKENS = 1, 16, 128, 1024
@@ -370,6 +376,25 @@ def error_rows():
                        largest=errors.max(), layers=len(errors))
 
 
+@torch.inference_mode(False)  # `shrink` takes gradients
+def score_rows(data):
+    "Records of what all-MiniLM keeps of STS-B in each engine"
+    source, third = model_source(MINILM), {'third': HALVES['third']}
+    dense, tokenizer = AutoModel.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source)
+    rows, texts = rows_of_stsb(data, 'validation'), texts_of(rows_of_stsb(data, 'train'))
+    small, report = shrink(dense, 0.4, texts, tokenizer, progress=False)
+    for share, model in {1.: dense, report.achieved: small}.items():
+        ways = {'torch': model, 'torch int8': quantised(copy.deepcopy(model))}
+        ways |= {f'packed{name}': pack(model, dtype=dtype) for name, dtype in KEPT_AS.items()}
+        with tempfile.TemporaryDirectory() as folder:
+            batch = dict(tokenizer(texts[:2], padding=True, return_tensors='pt'))
+            file = write_onnx(model, batch, Path(folder, 'model.onnx'))
+            ways['ONNX Runtime int8'] = load_exported(quantize_onnx(file))
+        for backend, way in ways.items():
+            score = scores(way, tokenizer, rows, third)['third']
+            yield dict(op='score', shape=MINILM, open=round(share, 2), tokens=0, batch=1, backend=backend, score=score)
+
+
 def rows_of(part, name, tokens, shares, args):
     "Records of one part of the script, for one model and size"
     config, batch, length = MODELS[name], *((8, 128) if tokens == 1024 else (1, tokens))
@@ -383,7 +408,8 @@ def tables(file):
     "What README.md of this folder shows, for each device"
     text = []
     records = pd.read_json(file, lines=True)
-    for device, rows in records[records.op != 'error'].groupby('device'):
+    records = records[records.variant == records.variant.iloc[-1]]  # and not of older kernels
+    for device, rows in records[~records.op.isin(APART)].groupby('device'):
         rows['size'] = [f'{int(b)} x {t}' if b > 1 else str(t) for b, t in zip(rows.batch, rows.tokens)]
         rows['time'] = [f'{r:.2f}' for r in rows.dense_ratio]
         text.append(device)
@@ -393,6 +419,8 @@ def tables(file):
             of_op = of_op.sort_values(['batch', 'tokens']).assign(open=of_op.open.round(2))
             table = of_op.pivot_table('time', ['shape', 'open', 'backend'], 'size', aggfunc='last', sort=False)
             text.append(table.reset_index().to_markdown(index=False))
+    scored = records[records.op == 'score']
+    if len(scored): text.append(scored.pivot_table('score', 'backend', 'open', sort=False).round(4).to_markdown())
     return '\n\n'.join([*text, goals(records)])
 
 
@@ -428,7 +456,7 @@ def arguments():
     parser.add_argument('--models', default='bert,minilm', help=f'of {", ".join(MODELS)} (bert,minilm)')
     parser.add_argument('--tokens', default='1,16,128,1024', help='1024 are 8 sequences of 128 (1,16,128,1024)')
     parser.add_argument('--open', default='1,0.75,0.6,0.5,0.4,0.25', help='shares of the agents')
-    parser.add_argument('--parts', default=','.join(PARTS), help=f'of {", ".join(PARTS)} (all)')
+    parser.add_argument('--parts', default=','.join(PARTS[:4]), help=f'of {", ".join(PARTS)} (all but the last)')
     parser.add_argument('--seconds', type=float, default=8., help='for each row of a table')
     parser.add_argument('--tables', action='store_true', help='print the tables of what is in OUT, and measure nothing')
     return read_args(parser, dict(models=MODELS, parts=PARTS))
@@ -441,15 +469,15 @@ def measure(args, file):
     print(loaded.how, loaded.variant, loaded.why)
     shares = [float(o) for o in args.open.split(',')]
     cases = [(part, name, int(tokens)) for name in args.models for tokens in args.tokens.split(',')
-             for part in args.parts if part != 'error']
+             for part in args.parts if part not in APART]
     def keep(row, name):
         append_line(dict(row, model=name, variant=loaded.variant, **origin), file)
-        shown = row.get('dense_ratio', row.get('error'))
+        shown = row.get('dense_ratio', row.get('error', row.get('score')))
         print(row['op'], name, row['tokens'], row['open'], row['backend'], round(shown, 4), flush=True)
     for part, name, tokens in cases:
         for row in rows_of(part, name, tokens, shares, args): keep(row, name)
-    if 'error' in args.parts:
-        for row in error_rows(): keep(row, row['shape'])
+    for row in error_rows() if 'error' in args.parts else (): keep(row, row['shape'])
+    for row in score_rows(args.data) if 'score' in args.parts else (): keep(row, row['shape'])
 
 
 def main():

@@ -270,6 +270,7 @@ class PackedEncoder(nn.Module):
         ):
         super().__init__()
         self.layer, self.config = encoder.layer, config
+        self.parts = tuple(m for layer in self.layer for m in (layer.attention.self, layer.output))
         self.train(encoder.training)
 
     def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
@@ -277,9 +278,8 @@ class PackedEncoder(nn.Module):
         if asked('output_hidden_states'):  # transformers collects them as layers run
             for layer in self.layer: hidden_states = layer(hidden_states, attention_mask, **kwargs)
         else:
-            parts = [m for layer in self.layer for m in (layer.attention.self, layer.output)]
             maps = asked('output_attentions')
-            hidden_states = _compute(parts, hidden_states, attention_mask, output_attentions=maps)
+            hidden_states = _compute(self.parts, hidden_states, attention_mask, output_attentions=maps)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
 
 class _Written(nn.Module):

@@ -61,7 +61,7 @@ class Router(nn.Module):
         return self.bids(h*(self.gain/h.shape[-1]))
 
 def _mean_word(x, mask): # `(batch, width)`, over real tokens
-    mask = torch.ones_like(x[..., 0]) if mask is None else mask
+    if mask is None: return x.mean(1)
     if mask.shape != x.shape[:2]:
         raise ValueError(f'mask {tuple(mask.shape)} for embeddings {tuple(x.shape)}: one number for each token')
     mask = mask.to(x.dtype).unsqueeze(-1)

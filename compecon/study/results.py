@@ -543,7 +543,7 @@ def _engines(peers):
 
 # %% ../../nbs/63_results.ipynb #54a84e52b
 _SERVED = {'settled and packed': 'settled, packed', 'with int8 weights': 'settled, packed:int8',
-           'in eager torch': 'settled', 'opened by a router for each sequence': 'packed, router'}
+           'in eager torch': 'settled', 'opened by a router for each sequence, int8': 'packed, router:int8'}
 
 def _times(kernels):
     if kernels.empty: return []
