@@ -81,7 +81,10 @@ _TRAINED = [
         f'{_LM} --methods repair --lr 2e-4', f'{_LM} --methods taylor,fisher,any-price --lr 3e-4')),
     Source('untrained.jsonl', 'and without any training, by ours and by rivals?',
            _all(f'{_NO_STEPS} repair,slimgpt --seeds 3', f'{_NO_STEPS} repair --params 0.74,0.52,0.33',
-                f'{_NO_STEPS} osscar,grail-strong')),
+                f'{_NO_STEPS} osscar,grail-strong --seeds 3',
+                f'{_NO_STEPS} wanda_sp,shortgpt,flap-even,slicegpt --params 0.8,0.7',
+                f'{_NO_STEPS} repair,repair-layers,slimgpt --texts python --params 0.8,0.7',
+                f'{_NO_STEPS} repair,slimgpt --steps 60 --params 0.8,0.5')),
     Source('context.jsonl', 'do gates pay that read their input?', _all(
         f'{_CONTEXT} --task cola', f'{_CONTEXT} --task stsb --seeds 1'))]
 
@@ -114,8 +117,8 @@ _REPLACED = [
         f'{_SHRINK} --methods repair --only headlines,images,answers-forums',
         f'{_SHRINK} --methods repair --budgets 0.4,0.2 --without headlines,images',
         f'{_SHRINK} --task minilm-l3 --methods repair --budgets 0.6,0.4',
-        f'{_SHRINK} --task stsb --methods repair', f'{_SHRINK} --task cola --methods repair'),
-        '04f333a'),
+        *(f'{_SHRINK} --task {t} --methods repair,repair:labels' for t in ('stsb', 'cola', 'mnli', 'wikitext'))),
+        'c33f5fb to 04f333a'),
     Source('shrink-half-power.jsonl', 'and with the square root of a sub-layer\'s mean taken out of every value?', _all(
         f'{_SHRINK} --methods repair --only headlines,images,answers-forums',
         f'{_SHRINK} --methods repair --budgets 0.4 --without headlines,images',
