@@ -12,9 +12,9 @@ int8, and products in that type; its peers are `masked` (everything is computed)
 copied together), `bmm` (block by block, in a batch), and torch's dynamic int8. `model` has whole models: agents opened
 by a router for each sequence, or settled, in torch, packed, and in ONNX Runtime. Its records at 0.4 compare those that
 a user would choose from. `error` is the distance from float64 of feed-forward networks of all-MiniLM and SmolLM2 with
-their own weights and inputs (of Python's language reference), beside that of torch's dynamic int8. `score` is what all-MiniLM
-keeps of STS-B (Spearman, the half of validation that no choice sees; DATA as for shrink.py), dense and with 40 % of its
-FLOPs, in each engine.
+their own weights and inputs (of Python's language reference), beside that of torch's dynamic int8. `score` is what
+all-MiniLM keeps of STS-B (Spearman, the half of validation that no choice sees; DATA as for shrink.py) in each engine,
+dense and with 40 % of its FLOPs.
 
 `--tables` prints what is in OUT already, and measures nothing. Goals are printed beside what was reached.
 """
