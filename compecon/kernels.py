@@ -141,8 +141,9 @@ def _inputs(weight): return weight.shape[2]*(weight.shape[4] if weight.ndim == 5
 def _as_multiplied(x, weight, largest): # Inputs, as products with weights in lines see them
     if weight.ndim < 5: return x
     if weight.dtype == torch.int8:
+        largest = largest.to(torch.promote_types(x.dtype, torch.float32))
         by = torch.where(largest < 1e-30, 0, 127/largest)
-        rounded = (x*by).round()*(largest/127)
+        rounded = ((x*by).round()*(largest/127)).to(x.dtype)
     else: rounded = x.to(weight.dtype).to(x.dtype)
     return rounded.detach() + (x - x.detach())  # with the gradient of the identity
 
@@ -217,7 +218,7 @@ def _ffn(x, shape, mask, opened, up, up_scale, up_bias, down, down_scale, down_b
                                   opened.group, opened.block, activation)
 
 def _check_sublayers(x, opened, kinds, weights):
-    if x.ndim != 3 or len(weights) != len(kinds)*_TENSORS:
+    if x.ndim != 3 or not kinds or len(weights) != len(kinds)*_TENSORS:
         raise RuntimeError(f'sublayers: x is {tuple(x.shape)} and must be (sequences, tokens, inputs), and each kind '
                            f'has {_TENSORS} weights')
     agents = sum(len(t) for t in weights[::_TENSORS])
@@ -365,5 +366,6 @@ def sublayers(
     )->torch.Tensor: # As `x`
     "Sub-layers of an encoder, `norm(x + f(x))`, one after the other; raises `RuntimeError` for shapes that do not fit"
     load(x.device.type)
-    if torch.is_grad_enabled(): return _sublayers_reference(x, mask, opened, kinds, weights, eps)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights)):
+        return _sublayers_reference(x, mask, opened, kinds, weights, eps)
     return torch.ops.compecon.sublayers(x, mask, opened, kinds, weights, eps)

@@ -94,7 +94,8 @@ def _variant(flags, *needs): return Variant(tuple(flags.split()), frozenset(need
 
 _AVX512 = '-march=x86-64-v4 -mavx512vnni -mavx512bf16'
 _VARIANTS = { # The fastest first
-    'amx': _variant(f'{_AVX512} -mamx-tile -mamx-int8 -mamx-bf16', 'avx512', 'avx512_bf16', 'amx_int8', 'amx_bf16'),
+    'amx': _variant(f'{_AVX512} -mamx-tile -mamx-int8 -mamx-bf16', 'avx512', 'avx512_vnni', 'avx512_bf16',
+                    'amx_int8', 'amx_bf16'),
     'avx512-bf16': _variant(_AVX512, 'avx512', 'avx512_vnni', 'avx512_bf16'),
     'avx512-vnni': _variant('-march=x86-64-v4 -mavx512vnni', 'avx512', 'avx512_vnni'),
     'avx512': _variant('-march=x86-64-v4', 'avx512'),

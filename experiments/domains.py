@@ -10,7 +10,8 @@ At the same budget, audited, four ways to choose what is open:
 - `own`: a set for each kind of text, and somebody who knows the kind;
 - `other`: the set of the other kind;
 - `routed`: the sequence chooses between the two sets, by its mean word vector: the nearer of the two means of the
-  windows that were looked at. `right` is how often it chooses its own.
+  windows that were looked at. `right` is how often it chooses its own. (It reads the words that are predicted; what it
+  can tell from them is one bit.)
 
 What is scored is perplexity by the token, in windows of 256, of the first --test-tokens tokens of WikiText's test split
 and of the reference's. Nothing is trained or repaired: what is closed opens again for the next sequence. Gates stay on

@@ -367,6 +367,7 @@ struct Open {
     }
     group = groups_of, block = blocks_of;
   }
+  Open(const Open&) = delete;
 };
 
 struct ByBlock {
@@ -524,15 +525,20 @@ void tile_configure(const Settings& s) {
 void tile_release() {}
 const bool matrix_allowed = true;
 #else
-template<int T> INLINE void tile_zero() { _tile_zero(T); }
-template<int T> INLINE void tile_load(const void* from, int64_t stride) { _tile_loadd(T, from, stride); }
-template<int T> INLINE void tile_store(void* to, int64_t stride) { _tile_stored(T, to, stride); }
-template<class W, int C, int A, int B> INLINE void tile_product() {
-  if constexpr (SCALED<W>) _tile_dpbssd(C, A, B);
-  else _tile_dpbf16ps(C, A, B);
+// Written out: the compiler's own names for these take no template's numbers, and do not say what memory they read
+template<int T> INLINE void tile_zero() { asm volatile("tilezero %%tmm%c0" ::"i"(T)); }
+template<int T> INLINE void tile_load(const void* from, int64_t stride) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory");
 }
-INLINE void tile_configure(const Settings& s) { _tile_loadconfig(&s); }
-INLINE void tile_release() { _tile_release(); }
+template<int T> INLINE void tile_store(void* to, int64_t stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(T) : "memory");
+}
+template<class W, int C, int A, int B> INLINE void tile_product() {
+  if constexpr (SCALED<W>) asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+  else asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
+INLINE void tile_configure(const Settings& s) { asm volatile("ldtilecfg %0" ::"m"(s) : "memory"); }
+INLINE void tile_release() { asm volatile("tilerelease"); }
 const bool matrix_allowed = syscall(SYS_arch_prctl, 0x1023 /* ask for permission */, 18 /* to use tile data */) == 0;
 #endif
 #endif
@@ -990,6 +996,8 @@ void check(const char* name, const Tensor& w, const Maybe& scale, const Maybe& b
   const int64_t outputs = w.size(1) * PANEL * (wide ? w.size(0) : 1);
   STD_TORCH_CHECK(w.size(3) == PANEL && w.is_contiguous(), name,
                   ": weights must be packed, (blocks, panels, lines, 16, unit)");
+  STD_TORCH_CHECK(!is(w, Type::Char) || inputs * (wide ? 1 : w.size(0)) <= 131072, name,
+                  ": sums of int8 hold 131072 inputs, and there are more");
   STD_TORCH_CHECK(w.size(2) * unit(w) == inputs, name, ": weights for ", w.size(2) * unit(w), " inputs, and there are ",
                   inputs);
   for (const Maybe* t : {&scale, &bias})
@@ -1220,6 +1228,7 @@ struct Attention {
       if (odd[i]) return NAN;
     float largest = most[0], total = 0;
     for (int i = 1; i < LANES; i++) largest = std::max(largest, most[i]);
+    if (largest == INFINITY) return NAN;
     if (largest == -INFINITY) largest = 0;
     for (int64_t k = 0; k < keys; k += LANES) {
       const Lanes v = load(row + k), e = v == -INFINITY ? Lanes{} : exponential(v - largest);
@@ -1341,7 +1350,7 @@ constexpr int64_t HEADS = -1;  // a kind; others are the activation of an FFN
 
 Tensor op_sublayers(const Tensor& x_, const Maybe& mask_, const Tensor& opened, std::vector<int64_t> kinds,
                     std::vector<Tensor> weights, double eps) {
-  STD_TORCH_CHECK(x_.dim() == 3 && weights.size() == kinds.size() * Sublayer::TENSORS,
+  STD_TORCH_CHECK(x_.dim() == 3 && !kinds.empty() && weights.size() == kinds.size() * Sublayer::TENSORS,
                   "sublayers: x must be (sequences, tokens, inputs), and each kind has ", Sublayer::TENSORS,
                   " weights");
   std::vector<Sublayer> sublayers;
@@ -1355,6 +1364,7 @@ Tensor op_sublayers(const Tensor& x_, const Maybe& mask_, const Tensor& opened, 
   const Tensor x = torch::stable::contiguous(x_), sets = torch::stable::contiguous(opened);
   const Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
   const int64_t tokens = x.size(1), width = x.size(2), groups = sets.size(0), rows = x.size(0) / groups * tokens;
+  if (!x.size(0) || !tokens) return y;
   const Mask mask = mask_of(mask_, x.size(0), tokens);
   std::unique_ptr<float[]> memory(new float[kinds.size() > 1 ? groups * rows * width : 0]);
   Rows from{floats(x), rows, width};

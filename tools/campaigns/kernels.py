@@ -148,6 +148,7 @@ def main():
     found, here = [], native.variants()
     if 'avx512-bf16' in here: here.insert(0, EMULATED)
     with tempfile.TemporaryDirectory() as folder:
+        if 'avx512' in here and not args.variants: build_variant('amx', [], Path(folder))  # it is at least a library
         for variant in args.variants.split(',') if args.variants else here:
             if variant not in here:
                 print(f'{variant}: skipped, this processor runs {", ".join(here)}', flush=True)
