@@ -16,7 +16,7 @@ from torch import nn
 from transformers import activations as hf
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from .agents import FAMILIES, Sublayer, find_agents
+from .agents import Sublayer, find_agents
 from .core import has_gates, weight_in_out, width_out
 from .economy import Economy
 from .gates import remove_gates
@@ -219,7 +219,7 @@ class WholeState:
         if self.mask.device != device: self.mask = self.mask.to(device)
         return self.mask
 
-_NAMES = ('panels_in', 'scale_in', 'bias_in', 'panels', 'scale', 'bias', 'norm_weight', 'norm_bias') # As `sublayers` has
+_NAMES = 'panels_in', 'scale_in', 'bias_in', 'panels', 'scale', 'bias', 'norm_weight', 'norm_bias' # For `sublayers`
 
 class WholeSublayer(_Kept):
     "Attention or an FFN of an encoder such as BERT, with the addition to its input, and the norm"
