@@ -219,6 +219,7 @@ class WholeState:
         if self.mask.device != device: self.mask = self.mask.to(device)
         return self.mask
 
+# %% ../nbs/43_packed.ipynb #43c0e5c2
 _NAMES = 'panels_in', 'scale_in', 'bias_in', 'panels', 'scale', 'bias', 'norm_weight', 'norm_bias' # For `sublayers`
 
 class WholeSublayer(_Kept):
@@ -243,6 +244,13 @@ class WholeSublayer(_Kept):
         self._keep(panels, none if scale is None else scale, number)
         setattr(self, f'bias{number}', _frozen(none.clone() if bias is None else bias.clone()))
 
+def _side_by_side(sublayer): # One projection for all that its agents read, the rows of each agent together
+    projections = sublayer.in_projs
+    def rows(name): return [getattr(p, name).detach().unflatten(0, (sublayer.n, -1)) for p in projections]
+    bias = None if projections[0].bias is None else torch.cat(rows('bias'), 1).flatten()
+    return SimpleNamespace(weight=torch.cat(rows('weight'), 1).flatten(0, 1), bias=bias)
+
+# %% ../nbs/43_packed.ipynb #43c0e5c4
 class WholeAttention(WholeSublayer):
     "Called as BERT calls what attends"
     def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, cache=None, **kwargs):
@@ -257,12 +265,6 @@ def _check_asked(others, maps):
     if any(o is not None for o in others):
         raise ValueError('a packed encoder reads one text at a time: it has no cache, and reads no other encoder')
     if maps: raise ValueError('a packed encoder keeps no attention maps: ask the model that was packed')
-
-def _side_by_side(sublayer): # One projection for all that its agents read, the rows of each agent together
-    projections = sublayer.in_projs
-    def rows(name): return [getattr(p, name).detach().unflatten(0, (sublayer.n, -1)) for p in projections]
-    bias = None if projections[0].bias is None else torch.cat(rows('bias'), 1).flatten()
-    return SimpleNamespace(weight=torch.cat(rows('weight'), 1).flatten(0, 1), bias=bias)
 
 def _compute(parts, x, mask): # Whole sub-layers, one after the other
     if any(p.training and p.dropout for p in parts):
