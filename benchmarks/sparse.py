@@ -1,7 +1,7 @@
 """Sparse execution: products over open blocks against torch, and packed models against plain ones.
 
 Run:  python benchmarks/sparse.py [--models bert,minilm] [--tokens 1,16,128,1024] [--open 1,0.75,0.6,0.5,0.25]
-          [--parts ffn,attention,model,error,score] [--seconds 8] [--device cpu] [--data DATA]
+          [--parts ffn,attention,model,error,logits,score] [--seconds 8] [--device cpu] [--data DATA]
 
 Every line of OUT/kernels.jsonl is one way to compute with a share of the agents open: its time as a share of dense
 torch's, interleaved, in thread time, with quartiles; its error against float64; what it reads and computes in a second
@@ -12,7 +12,8 @@ int8, and products in that type; its peers are `masked` (everything is computed)
 copied together), `bmm` (block by block, in a batch), and torch's dynamic int8. `model` has whole models: agents opened
 by a router for each sequence, or settled, in torch, packed, and in ONNX Runtime. Its records at 0.4 compare those that
 a user would choose from. `error` is the distance from float64 of feed-forward networks of all-MiniLM and SmolLM2 with
-their own weights and inputs (of Python's language reference), beside that of torch's dynamic int8. `score` is what
+their own weights and inputs (of Python's language reference), beside that of torch's dynamic int8. `logits` is how far
+SmolLM2's logits go from float32 on 1,024 tokens of that text, and how often the likeliest token stays. `score` is what
 all-MiniLM keeps of STS-B (Spearman, the half of validation that no choice sees; DATA as for shrink.py) in each engine,
 dense and with 40 % of its FLOPs.
 
@@ -51,8 +52,8 @@ from compecon.shrink import shrink
 MODELS = dict(
     bert=dict(hidden_size=768, num_hidden_layers=12, intermediate_size=3072, num_attention_heads=12),
     minilm=dict(hidden_size=384, num_hidden_layers=6, intermediate_size=1536, num_attention_heads=12))
-PARTS = 'ffn', 'attention', 'model', 'error', 'score'
-APART = 'error', 'score'  # of models of their own
+PARTS = 'ffn', 'attention', 'model', 'error', 'logits', 'score'
+APART = 'error', 'logits', 'score'  # of models of their own
 LAYERS, BLOCK, HEADS_OPEN = 12, 32, 7
 KEPT_AS = {'': None, ':bfloat16': torch.bfloat16, ':int8': torch.int8}  # names of ours, and how weights are kept
 TOKENS = 1, 16, 128, 1024
@@ -363,17 +364,43 @@ def errors_of(sublayer, x):
     return errors | {'torch:int8': relative(plain(x, narrow, narrow_out), exact)}
 
 
+def windows_of(tokenizer):
+    "Four windows of 256 tokens of Python's language reference"
+    text = python_reference()['train'][:40_000]
+    return tokenizer(text, return_tensors='pt')['input_ids'][:, 1:1025].view(4, 256)
+
+
 def error_rows():
     "Records of errors in all-MiniLM and SmolLM2, the mean over their layers and the largest"
-    text = python_reference()['train'][:40_000]
     source = model_source(MINILM)
     minilm = AutoModel.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source)
     for name, (model, tokenizer) in {MINILM: minilm, SMOLLM2: load_decoder(SMOLLM2)}.items():
-        ids = tokenizer(text, return_tensors='pt')['input_ids'][:, 1:1025].view(4, 256)
+        ids = windows_of(tokenizer)
         of_layers = pd.DataFrame([errors_of(s, x) for s, x in inputs_of(model, dict(input_ids=ids))])
         for backend, errors in of_layers.items():
             yield dict(op='error', shape=name, batch=1, tokens=256, open=1., backend=backend, error=errors.mean(),
                        largest=errors.max(), layers=len(errors))
+
+
+def in_engines(model, batch, folder):
+    "The model by backend: float32 and int8 of torch, ours, and ONNX Runtime's int8, whose file lies in the folder"
+    ways = {'torch': model, 'torch int8': quantised(copy.deepcopy(model))}
+    ways |= {f'packed{name}': pack(model, dtype=dtype) for name, dtype in KEPT_AS.items()}
+    file = write_onnx(model, batch, Path(folder, 'model.onnx'))
+    return ways | {'ONNX Runtime int8': load_exported(quantize_onnx(file))}
+
+
+def logits_rows():
+    "Records of SmolLM2's logits in each engine"
+    model, tokenizer = load_decoder(SMOLLM2)
+    batch = dict(input_ids=windows_of(tokenizer))
+    exact = model(**batch).logits
+    with tempfile.TemporaryDirectory() as folder:
+        for backend, way in in_engines(model.eval(), batch, folder).items():
+            logits = torch.as_tensor(way(**batch).logits)
+            same = (logits.argmax(-1) == exact.argmax(-1)).double().mean().item()
+            yield dict(op='logits', shape=SMOLLM2, open=1., tokens=256, batch=4, backend=backend,
+                       error=relative(logits, exact.double()), same=same)
 
 
 @torch.inference_mode(False)  # `shrink` takes gradients
@@ -384,12 +411,8 @@ def score_rows(data):
     rows, texts = rows_of_stsb(data, 'validation'), texts_of(rows_of_stsb(data, 'train'))
     small, report = shrink(dense, 0.4, texts, tokenizer, progress=False)
     for share, model in {1.: dense, report.achieved: small}.items():
-        ways = {'torch': model, 'torch int8': quantised(copy.deepcopy(model))}
-        ways |= {f'packed{name}': pack(model, dtype=dtype) for name, dtype in KEPT_AS.items()}
         with tempfile.TemporaryDirectory() as folder:
-            batch = dict(tokenizer(texts[:2], padding=True, return_tensors='pt'))
-            file = write_onnx(model, batch, Path(folder, 'model.onnx'))
-            ways['ONNX Runtime int8'] = load_exported(quantize_onnx(file))
+            ways = in_engines(model, dict(tokenizer(texts[:2], padding=True, return_tensors='pt')), folder)
         for backend, way in ways.items():
             score = scores(way, tokenizer, rows, third)['third']
             yield dict(op='score', shape=MINILM, open=round(share, 2), tokens=0, batch=1, backend=backend, score=score)
@@ -419,6 +442,8 @@ def tables(file):
             of_op = of_op.sort_values(['batch', 'tokens']).assign(open=of_op.open.round(2))
             table = of_op.pivot_table('time', ['shape', 'open', 'backend'], 'size', aggfunc='last', sort=False)
             text.append(table.reset_index().to_markdown(index=False))
+    logits = records[records.op == 'logits'].drop_duplicates('backend', keep='last')
+    if len(logits): text.append(logits.set_index('backend')[['error', 'same']].round(3).to_markdown())
     scored = records[records.op == 'score']
     if len(scored): text.append(scored.pivot_table('score', 'backend', 'open', sort=False).round(4).to_markdown())
     return '\n\n'.join([*text, goals(records)])
@@ -456,7 +481,7 @@ def arguments():
     parser.add_argument('--models', default='bert,minilm', help=f'of {", ".join(MODELS)} (bert,minilm)')
     parser.add_argument('--tokens', default='1,16,128,1024', help='1024 are 8 sequences of 128 (1,16,128,1024)')
     parser.add_argument('--open', default='1,0.75,0.6,0.5,0.4,0.25', help='shares of the agents')
-    parser.add_argument('--parts', default=','.join(PARTS[:4]), help=f'of {", ".join(PARTS)} (all but the last)')
+    parser.add_argument('--parts', default=','.join(PARTS[:5]), help=f'of {", ".join(PARTS)} (all but the last)')
     parser.add_argument('--seconds', type=float, default=8., help='for each row of a table')
     parser.add_argument('--tables', action='store_true', help='print the tables of what is in OUT, and measure nothing')
     return read_args(parser, dict(models=MODELS, parts=PARTS))
@@ -477,6 +502,7 @@ def measure(args, file):
     for part, name, tokens in cases:
         for row in rows_of(part, name, tokens, shares, args): keep(row, name)
     for row in error_rows() if 'error' in args.parts else (): keep(row, row['shape'])
+    for row in logits_rows() if 'logits' in args.parts else (): keep(row, row['shape'])
     for row in score_rows(args.data) if 'score' in args.parts else (): keep(row, row['shape'])
 
 

@@ -145,6 +145,7 @@ def _as_multiplied(x, weight, largest): # Inputs, as products with weights in li
         by = torch.where(largest < 1e-30, 0, 127/largest)
         rounded = ((x*by).round()*(largest/127)).to(x.dtype)
     else: rounded = x.to(weight.dtype).to(x.dtype)
+    if not (torch.is_grad_enabled() and x.requires_grad): return rounded
     return rounded.detach() + (x - x.detach())  # with the gradient of the identity
 
 def _largest_of_rows(h, group, groups): # Of features (pairs, rows, width), over the pairs of a row's group
@@ -217,6 +218,12 @@ def _ffn(x, shape, mask, opened, up, up_scale, up_bias, down, down_scale, down_b
     return torch.ops.compecon.ffn(x, up, up_scale, up_bias, None, None, None, down, down_scale, down_bias,
                                   opened.group, opened.block, activation)
 
+def _sublayers_backward(grad, x, mask, opened, kinds, weights, eps):
+    "Gradient of `x`, of whole sub-layers"
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(_sublayers_reference(x, mask, opened, kinds, weights, eps), x, grad)[0]
+
 def _check_sublayers(x, opened, kinds, weights):
     if x.ndim != 3 or not kinds or len(weights) != len(kinds)*_TENSORS:
         raise RuntimeError(f'sublayers: x is {tuple(x.shape)} and must be (sequences, tokens, inputs), and each kind '
@@ -234,8 +241,11 @@ _SCHEMAS = dict(
     down='(Tensor h, Tensor weight, Tensor? scale, Tensor? bias, Tensor group, Tensor block, int groups) -> Tensor',
     ffn='(Tensor x, Tensor up, Tensor? up_scale, Tensor? up_bias, Tensor? gate, Tensor? gate_scale, Tensor? gate_bias, '
         'Tensor down, Tensor? down_scale, Tensor? down_bias, Tensor group, Tensor block, int activation) -> Tensor',
-    sublayers='(Tensor x, Tensor? mask, Tensor opened, int[] kinds, Tensor[] weights, float eps) -> Tensor')
-_REFERENCES = dict(up=_up_reference, down=_down_reference, ffn=_ffn_reference, sublayers=_sublayers_reference)
+    sublayers='(Tensor x, Tensor? mask, Tensor opened, int[] kinds, Tensor[] weights, float eps) -> Tensor',
+    sublayers_backward='(Tensor grad, Tensor x, Tensor? mask, Tensor opened, int[] kinds, Tensor[] weights, float eps) '
+                       '-> Tensor')
+_REFERENCES = dict(up=_up_reference, down=_down_reference, ffn=_ffn_reference, sublayers=_sublayers_reference,
+                   sublayers_backward=_sublayers_backward)
 
 def _up_shape(x, weight, scale, bias, group, block, activation, rows_first=False):
     pairs, rows, width = len(block), x.shape[1], weight.shape[1]*PANEL
@@ -247,9 +257,9 @@ def _down_shape(h, weight, scale, bias, group, block, groups):
 def _ffn_shape(x, up, up_scale, up_bias, gate, gate_scale, gate_bias, down, *_):
     return x.new_empty(*x.shape[:2], down.shape[1]*PANEL)
 
-def _sublayers_shape(x, *_): return x.new_empty(x.shape)
+def _same_shape(x, *_): return x.new_empty(x.shape)
 
-_SHAPES = dict(up=_up_shape, down=_down_shape, ffn=_ffn_shape, sublayers=_sublayers_shape)
+_SHAPES = dict(up=_up_shape, down=_down_shape, ffn=_ffn_shape, sublayers=_same_shape, sublayers_backward=_same_shape)
 
 # %% ../nbs/42_kernels.ipynb #aa914bbc
 def _setup(ctx, inputs, output):
@@ -268,6 +278,15 @@ def _backward_of(reference):
         return tuple(next(found) if n else None for n in ctx.needs_input_grad)
     return backward
 
+def _setup_sublayers(ctx, inputs, output):
+    x, mask, opened, ctx.kinds, weights, ctx.eps = inputs
+    ctx.save_for_backward(x, mask, opened, *weights)
+
+def _backward_of_sublayers(ctx, grad):
+    x, mask, opened, *weights = ctx.saved_tensors
+    args = grad.contiguous(), x, mask, opened, ctx.kinds, weights, ctx.eps
+    return torch.ops.compecon.sublayers_backward(*args), None, None, None, [None]*len(weights), None
+
 def _register():
     "Define the operators, once in each process; gives what keeps them alive"
     library = torch.library.Library('compecon', 'FRAGMENT')
@@ -275,9 +294,11 @@ def _register():
         for op in (name, name + '_reference'):  # the libraries pass types that they do not serve to the second
             library.define(op + _SCHEMAS[name])
             library.impl(op, reference, 'CompositeExplicitAutograd')
-        if name != 'sublayers': torch.library.register_autograd(
-            f'compecon::{name}', _backward_of(reference), setup_context=_setup, lib=library)
         torch.library.register_fake(f'compecon::{name}', _SHAPES[name], lib=library)
+    backward = {name: (_backward_of(_REFERENCES[name]), _setup) for name in ('up', 'down', 'ffn')}
+    backward['sublayers'] = _backward_of_sublayers, _setup_sublayers
+    for name, (f, setup) in backward.items():
+        torch.library.register_autograd(f'compecon::{name}', f, setup_context=setup, lib=library)
     return library
 
 _LIBRARY = None if hasattr(torch.ops.compecon, 'up') else _register()  # defined once, also if this runs again
@@ -366,6 +387,7 @@ def sublayers(
     )->torch.Tensor: # As `x`
     "Sub-layers of an encoder, `norm(x + f(x))`, one after the other; raises `RuntimeError` for shapes that do not fit"
     load(x.device.type)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights)):
+    trained = weights if mask is None else (mask, *weights)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in trained):  # the operator has a gradient for x
         return _sublayers_reference(x, mask, opened, kinds, weights, eps)
     return torch.ops.compecon.sublayers(x, mask, opened, kinds, weights, eps)

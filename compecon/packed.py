@@ -8,7 +8,7 @@ __all__ = ['OpenState', 'PackedUp', 'PackedDown', 'WholeState', 'WholeSublayer',
 
 # %% ../nbs/43_packed.ipynb #72523b78
 import copy
-from functools import lru_cache
+from itertools import accumulate
 from types import SimpleNamespace
 
 import torch
@@ -389,18 +389,14 @@ def open_agents(
 
 def _open_sets(opened, counts): # An open set for each sub-layer, of `(groups, agents)`; all at once, for a router
     places = torch.cat([part.flatten() for part in opened.split(counts, 1)]).nonzero().flatten()
-    sizes, starts, ends = _places(counts, len(opened), opened.device)
+    ends = list(accumulate(len(opened)*n for n in counts))
+    sizes, ends = (torch.tensor(numbers, device=opened.device) for numbers in (counts, ends))
+    starts = ends - len(opened)*sizes
     which = torch.bucketize(places, ends, right=True)
     sizes, places = sizes[which], places - starts[which]
     pairs = torch.bincount(which, minlength=len(counts)).tolist()
     groups, blocks = (places//sizes).split(pairs), (places % sizes).split(pairs)
     return [OpenSet(g, b, len(opened), n) for g, b, n in zip(groups, blocks, counts)]
-
-@lru_cache
-def _places(counts, groups, device): # Of each sub-layer: agents, and where its pairs start and end
-    sizes = torch.tensor(counts, device=device)
-    ends = (groups*sizes).cumsum(0)
-    return sizes, ends - groups*sizes, ends
 
 # %% ../nbs/43_packed.ipynb #5a312b40
 def pack_economy(

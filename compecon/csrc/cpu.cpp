@@ -99,7 +99,7 @@ INLINE Ints nearest(Lanes v) {  // ties to even; never fused with a product befo
   return (Ints)vcvtnq_s32_f32((float32x4_t)v);
 #else
   Ints n;
-  for (int i = 0; i < LANES; i++) n[i] = (int32_t)__builtin_rintf(v[i]);
+  for (int i = 0; i < LANES; i++) n[i] = std::abs(v[i]) < 2e9f ? (int32_t)__builtin_rintf(v[i]) : 0;  // not NaN
   return n;
 #endif
 }
@@ -630,8 +630,9 @@ INLINE void largest_of(const float* x, int64_t n, float& largest, float& odd) {
   for (; c < n; c++) largest = std::max(largest, std::abs(x[c])), odd += x[c] * 0.f;
 }
 
-// Writes `n` numbers in the kind's type; of int8 gives their sum
+// Writes `n` numbers in the kind's type; of int8 gives their sum. `by` is 0 for rows that are not finite, too
 template<class W> INLINE int32_t narrow(const float* x, int64_t n, float by, In<W>* to) {
+  if (SCALED<W> && by == 0) return std::fill(to, to + n, In<W>()), 0;
   Ints sum{};
   auto lanes = [&](Lanes v, In<W>* at) {
     if constexpr (SCALED<W>) {
@@ -1300,13 +1301,16 @@ void attention(const Projection& first, const Projection& second, const Open& op
   with_weights(first.w, first.scale, first.bias, [&]<class W>(Weights<W> w) {
     up(w, open, inputs_of<W>(x, open.groups), x.rows, Features{read.get(), x.rows * width, width}, 0, Write::FIRST);
   });
-  torch::stable::parallel_for(0, open.groups * sequences, 1, [&](int64_t a, int64_t b) {
+  const int64_t grain = 1 + 4096 / (tokens * tokens);
+  torch::stable::parallel_for(0, open.pairs * sequences, grain, [&](int64_t a, int64_t b) {
     Attention one(tokens, dim);
-    for (int64_t s = a; s < b; s++) {
-      const int64_t g = s / sequences, r = s % sequences * tokens;
-      mask.fill(s, tokens, one.keys, one.mask);
-      for (int64_t i = open.first[g]; i < open.first[g + 1]; i++)
-        one.run(read.get() + (i * x.rows + r) * width, heads.get() + (i * x.rows + r) * dim);
+    for (int64_t g = 0, at = -1; a < b; a++) {  // the open heads of a sequence follow each other
+      while (open.first[g + 1] * sequences <= a) g++;
+      const int64_t n = open.first[g + 1] - open.first[g], i = a - open.first[g] * sequences;
+      const int64_t s = i / n, pair = open.first[g] + i % n;
+      if (at != g * sequences + s) mask.fill(at = g * sequences + s, tokens, one.keys, one.mask);
+      const int64_t row = pair * x.rows + s * tokens;
+      one.run(read.get() + row * width, heads.get() + row * dim);
     }
   });
   with_weights(second.w, second.scale, second.bias, [&]<class W>(Weights<W> w) {
