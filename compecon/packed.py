@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['OpenState', 'PackedUp', 'PackedDown', 'WholeState', 'WholeSublayer', 'WholeAttention', 'WholeFFN', 'PackedEncoder',
-           'pack', 'open_agents', 'pack_economy']
+           'pack', 'open_agents', 'choose_agents', 'pack_economy']
 
 # %% ../nbs/43_packed.ipynb #72523b78
 import copy
+import threading
 from itertools import accumulate
 from types import SimpleNamespace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -24,8 +26,25 @@ from .kernels import (ACTIVATIONS, HEADS, PANEL, OpenSet, open_set, pack_down, p
                               sublayers)
 from .native import huge_pages, load
 
+# %% ../nbs/43_packed.ipynb #b9d295a4
+_THREAD = threading.local()
+
+def _own_sets(): # Of this thread: what a call has chosen for itself, by state
+    if not hasattr(_THREAD, 'sets'): _THREAD.sets = WeakKeyDictionary()
+    return _THREAD.sets
+
+class _Choosing:
+    "One open set for all calls, or for each call its own"
+    own = False # Has any call chosen for itself?
+
+    def choose(self, opened): # For this call: other threads do not see it
+        self.own = True
+        _own_sets()[self] = opened
+
+    def _chosen(self, default): return _own_sets().get(self, default) if self.own else default
+
 # %% ../nbs/43_packed.ipynb #b9d295a5
-class OpenState:
+class OpenState(_Choosing):
     "Which agents of a sub-layer are open; its packed projections look here"
     def __init__(self,
         sublayer:Sublayer # Of a model
@@ -35,7 +54,6 @@ class OpenState:
         self.core, self.head_dim, self.fused = sublayer.core, spec.head_dim, spec.fused
         self.counts, self.widths = spec.counts, spec.widths
         self.alike = _heads_alike(sublayer) # May closed heads be left out?
-        self.lead = () # Leading dimensions of the latest input, of an FFN
         self.open(torch.ones(sublayer.n, dtype=torch.bool))
 
     def open(self,
@@ -47,18 +65,24 @@ class OpenState:
 
     def set(self, opened): # An open set of its agents
         self.opened = opened
-        pairs, one_set = len(opened.block), opened.groups == 1
-        self.all = one_set and pairs == self.n
-        self.few = one_set and self.alike # Does attention see open heads only?
-        if self.alike: self._set_heads(max(1, pairs) if self.few else self.n)
+        self.few = opened.groups == 1 and self.alike # Does attention see open heads only?
+        if self.alike: self._set_heads(max(1, len(opened.block)) if self.few else self.n)
+
+    def choose(self, opened): # What attention remembers is the same for all threads, so that closed heads are zeros
+        super().choose(opened)
+        if self.few: self.few = self._set_heads(self.n)
 
     def _set_heads(self, heads): # What the attention module remembers of them
         for name in self.counts: setattr(self.core, name, heads)
         for name in self.widths: setattr(self.core, name, heads*getattr(self.core, self.head_dim))
+        return False
 
     def on(self, device): # The open set as tensors on a device
         if self.opened.group.device != device: self.opened = self.opened.to(device)
-        return self.opened
+        return self._chosen(self.opened)
+
+    def as_they_are(self, opened): # Are the heads that attention sees those of the open set?
+        return self.few or opened.groups == 1 and len(opened.block) == self.n
 
 def _check_mask(opened, n, whose):
     if opened.dtype != torch.bool or opened.ndim not in (1, 2) or not len(opened) or opened.shape[-1] != n:
@@ -129,12 +153,13 @@ class PackedUp(_Packed):
             setattr(self, f'bias{i}', None if b is None else _frozen(b.clone()))
 
     def forward(self, x):
-        state, opened = self.state, self.state.on(x.device)
+        opened = self.state.on(x.device)
         _check_groups(opened.groups, x)
-        rows = x.reshape(opened.groups, -1, x.shape[-1])
+        rows, lead = x.reshape(opened.groups, -1, x.shape[-1]), (len(x)//opened.groups, *x.shape[1:-1])
         features = [self._features(i, rows, opened) for i in range(self.parts)]
-        if state.kind == 'head': features = [self._as_heads(h, opened).reshape(*x.shape[:-1], -1) for h in features]
-        else: state.lead = x.shape[:-1]
+        if self.state.kind == 'head':
+            features = [self._as_heads(h, opened).reshape(*x.shape[:-1], -1) for h in features]
+        else: features = [h.unflatten(1, lead) for h in features]
         return features[0] if self.parts == 1 else torch.cat(features, -1)
 
     def _features(self, i, rows, opened): # Of part `i`, (pairs, rows, width)
@@ -145,7 +170,7 @@ class PackedUp(_Packed):
     def _as_heads(self, h, opened): # (pairs, rows, width) -> (groups, rows, heads, width)
         pairs, rows, width = h.shape
         if self.state.few and pairs == 0: return h.new_zeros(rows, 1, width)
-        if self.state.few or self.state.all: return h.transpose(0, 1)
+        if self.state.as_they_are(opened): return h.transpose(0, 1)
         heads = h.new_zeros(opened.groups, rows, opened.blocks, width)
         each = torch.arange(rows, device=h.device)
         return heads.index_put((opened.group[:, None], each, opened.block[:, None]), h)
@@ -165,14 +190,14 @@ class PackedDown(_Packed):
 
     def forward(self, x):
         opened = self.state.on(x.device)
-        if self.state.kind == 'block': lead, h = self.state.lead, x
+        if self.state.kind == 'block': lead, h = (opened.groups*x.shape[1], *x.shape[2:-1]), x.flatten(1, -2)
         else: lead, h = x.shape[:-1], self._picked(x, opened)
         y = _call(_DOWN, h, self.panels, self.scale, self.bias, opened.group, opened.block, opened.groups)
         return y.reshape(*lead, -1)
 
     def _picked(self, x, opened): # (..., heads*width) -> (pairs, rows, width)
         width = self.width
-        if self.state.few or self.state.all:
+        if self.state.as_they_are(opened):
             return x.reshape(-1, x.shape[-1]//width, width).transpose(0, 1)[:len(opened.block)]
         return x.reshape(opened.groups, -1, opened.blocks, width).transpose(1, 2)[opened.group, opened.block]
 
@@ -199,7 +224,7 @@ def _packable(sublayer): # Input projections, but not shared keys and values, no
     return sublayer.in_projs[2:3] if sublayer.spec.extra else sublayer.in_projs
 
 # %% ../nbs/43_packed.ipynb #43c0e5a2
-class WholeState:
+class WholeState(_Choosing):
     "Which agents of a whole sub-layer are open"
     def __init__(self,
         sublayer:Sublayer # Of a model
@@ -217,7 +242,7 @@ class WholeState:
     def set(self, mask): self.mask = mask # (groups, agents)
     def on(self, device): # The mask on a device
         if self.mask.device != device: self.mask = self.mask.to(device)
-        return self.mask
+        return self._chosen(self.mask)
 
 # %% ../nbs/43_packed.ipynb #43c0e5c2
 _NAMES = 'panels_in', 'scale_in', 'bias_in', 'panels', 'scale', 'bias', 'norm_weight', 'norm_bias' # For `sublayers`
@@ -378,14 +403,21 @@ def open_agents(
 
     A cache of keys and values belongs to the set that made it. Raises `ValueError` for a mask that does not fit.
     """
+    for state, opened in _sets_of(model, opened): state.set(opened)
+    return model
+
+def choose_agents(model, opened):
+    "As `open_agents`, for the calls of this thread: a router chooses anew in each, and several threads may call"
+    for state, opened in _sets_of(model, opened): state.choose(opened)
+
+def _sets_of(model, opened): # Pairs of a state and its open set
     counts = tuple(s.n for s in model.open_states)
     opened = torch.ones(sum(counts), dtype=torch.bool) if opened is None else torch.as_tensor(opened)
     _check_mask(opened, sum(counts), f'this model has {sum(counts)} agents: its')
     opened, whole = torch.atleast_2d(opened).clone(), [isinstance(s, WholeState) for s in model.open_states]
     masks = opened.split(counts, 1)
     sets = masks if all(whole) else _open_sets(opened, counts)
-    for i, state in enumerate(model.open_states): state.set(masks[i] if whole[i] else sets[i])
-    return model
+    return [(s, mask if w else o) for s, w, mask, o in zip(model.open_states, whole, masks, sets)]
 
 def _open_sets(opened, counts): # An open set for each sub-layer, of `(groups, agents)`; all at once, for a router
     places = torch.cat([part.flatten() for part in opened.split(counts, 1)]).nonzero().flatten()

@@ -23,7 +23,7 @@ from .curves import CostCurves
 from .economy import Economy
 from .gates import AnnealedGate, Gate, remove_gates
 from .market import ClearedMarket, clear_softly
-from .packed import open_agents, pack
+from .packed import choose_agents, pack
 
 # %% ../nbs/44_router.ipynb #9dceb1a5
 class Router(nn.Module):
@@ -270,4 +270,4 @@ class _Route:
     def __call__(self, model, args, kwargs):
         with torch.no_grad(): offsets = _offsets(model, args, kwargs)
         device = offsets.device
-        open_agents(model, self.log_values.to(device) + offsets > self.log_price.to(device))
+        choose_agents(model, self.log_values.to(device) + offsets > self.log_price.to(device))
