@@ -7,6 +7,7 @@ __all__ = ['app', 'frontier_table', 'write_report', 'frontier_command', 'read_fi
            'evaluate_command', 'export_command', 'bench_command', 'kernels_command', 'main']
 
 # %% ../../nbs/56_cli.ipynb #02f81cf0
+import functools
 import os
 import warnings
 from pathlib import Path
@@ -69,9 +70,13 @@ def _quiet():
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
-def _stop(error)->NoReturn:
+def _stop(error, code=2)->NoReturn:
     typer.echo(f'compecon: {error}', err=True)
-    raise typer.Exit(2)
+    raise typer.Exit(code)
+
+def _whole_number(text, option): # At least 1
+    if text.isdecimal() and int(text): return int(text)
+    raise ValueError(f'{option} {text!r} must be whole numbers of at least 1, separated by commas')
 
 def _names(text): return tuple(name.strip() for name in text.split(','))
 
@@ -79,6 +84,34 @@ def _budgets(text): # Shares of FLOPs: markets and trained methods keep no other
     from compecon.core import flops_share
     shrinks = '`compecon shrink --budget` takes others'
     return tuple(flops_share(b, who='while models train,', instead=shrinks) for b in text.split(','))
+
+# %% ../../nbs/56_cli.ipynb #5a8c6f92
+_EXPECTED = ValueError, ImportError, OSError, MemoryError
+_TOLD = 'No space left', 'out of memory', 'failed writing', 'SerializationError'  # in other errors, of libraries
+
+def _sentence(error, most=600):
+    "An error in one sentence"
+    if isinstance(error, OSError) and error.filename: text = f'{error.filename}: {error.strerror}'
+    else: text = str(error).strip() or type(error).__name__
+    return text if len(text) <= most else f'{text[:most]} ...'
+
+def _is_expected(error): return isinstance(error, _EXPECTED) or any(t in f'{error!r}' for t in _TOLD)
+
+def _command(name, stopped='stopped'):
+    "Register a command; `stopped` is what it says after Ctrl-C"
+    def register(f):
+        @functools.wraps(f)
+        def run(*args, **kwargs):
+            _quiet()
+            try: return f(*args, **kwargs)
+            except typer.Exit: raise
+            except KeyboardInterrupt: _stop(stopped, 130)
+            except Exception as e:
+                if not _is_expected(e): raise
+                rank = int(os.environ.get('RANK', 0))  # of processes that were started together
+                _stop(f'process {rank}: {_sentence(e)}' if rank else _sentence(e))
+        return app.command(name)(run)
+    return register
 
 # %% ../../nbs/56_cli.ipynb #086bcf9a
 _Model = Annotated[str, typer.Option(
@@ -115,7 +148,7 @@ _Samples = Annotated[Optional[int], typer.Option(
 @app.callback()
 def _main(): pass
 
-@app.command('frontier')
+@_command('frontier', 'stopped; what is done is kept, and the same command goes on from there')
 def frontier_command(
     model:_Model='minilm', task:_Task='agreement', data:_Data=None,
     budgets:_Budgets='0.4,0.2', methods:_Methods='repair,fisher', seeds:_Seeds=1,
@@ -125,18 +158,15 @@ def frontier_command(
 
     Writes OUT/runs.jsonl (a record a run), table.md, table.csv, frontier.png, and the settled models.
     """
-    _quiet()
     from compecon.core import rank_and_world_size
     from compecon.lab.experiment import Plan, run_plan
     rank = rank_and_world_size()[0]
-    try:
-        plan = Plan(model=model, task=task, data=data, budgets=_budgets(budgets), methods=_names(methods),
-                    seeds=seeds, epochs=epochs, dense_epochs=dense_epochs, lr=lr, recover_lr=recover_lr,
-                    bs=bs, samples=samples)
-        if rank == 0: typer.echo(_announcement(plan, out))
-        runs = run_plan(plan, out)
-        if rank == 0: typer.echo(_summary(write_report(runs, out), out))
-    except ValueError as e: _stop(e if rank == 0 else f'process {rank}: {e}')
+    plan = Plan(model=model, task=task, data=data, budgets=_budgets(budgets), methods=_names(methods),
+                seeds=seeds, epochs=epochs, dense_epochs=dense_epochs, lr=lr, recover_lr=recover_lr,
+                bs=bs, samples=samples)
+    if rank == 0: typer.echo(_announcement(plan, out))
+    runs = run_plan(plan, out)
+    if rank == 0: typer.echo(_summary(write_report(runs, out), out))
 
 # %% ../../nbs/56_cli.ipynb #0e425ff2
 def _announcement(plan, out): # What a plan will do
@@ -174,6 +204,7 @@ def read_file(
 
 def _of_columns(rows, column, source): # Texts, or pairs where two columns are named
     names = _names(column)
+    if not rows: raise ValueError(f'{source} has no rows')
     for name in names:
         if name not in rows[0]:
             raise ValueError(f'{source} has no column {name!r}: there are {", ".join(map(str, rows[0]))}')
@@ -198,23 +229,29 @@ def read_data(
 def load_model(
     name:str # 'minilm', a folder, or a name on the hub
     ): # The model of the class that its configuration names (or a SentenceTransformer), and its tokenizer
-    "Any model; raises `ValueError` if it cannot be loaded"
+    "Any model; raises `ValueError` if it cannot be loaded, or is not whole"
     import transformers
     from compecon.lab.finetune import model_source
+    from compecon.lab.loading import load_tokenizer, load_whole, naming
     if name.startswith(('.', '/', '~')) and not Path(name).exists(): raise ValueError(f'{name} is not there')
     source = model_source(name)
-    try:
-        embeds = transformers.utils.cached_file(source, 'modules.json', _raise_exceptions_for_missing_entries=False)
-        if embeds:
+    with naming(name):
+        if transformers.utils.cached_file(source, 'modules.json', _raise_exceptions_for_missing_entries=False):
             from sentence_transformers import SentenceTransformer
             return SentenceTransformer(str(source), device='cpu'), None
-        config = transformers.AutoConfig.from_pretrained(source)
-        cls = getattr(transformers, (config.architectures or ['AutoModel'])[0])
-        return cls.from_pretrained(source).eval(), transformers.AutoTokenizer.from_pretrained(source)
-    except OSError as e: raise ValueError(f'{name!r} cannot be loaded: {str(e).splitlines()[0]}') from None
+        cls = _class_of(transformers.AutoConfig.from_pretrained(source))
+    model = load_whole(cls, source, name)
+    return model, load_tokenizer(source, model, name)
+
+def _class_of(config): # That the model was saved as
+    import transformers
+    named = (config.architectures or ['AutoModel'])[0]
+    cls = getattr(transformers, str(named), None)
+    if named == 'AutoModel' or isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel): return cls
+    raise ValueError(f'its configuration says that it is a {named!r:.80}, and transformers has no such model')
 
 # %% ../../nbs/56_cli.ipynb #80bab95f
-@app.command('shrink')
+@_command('shrink')
 def shrink_command(
     model:Annotated[str, typer.Argument(help="'minilm' (packaged), a folder, or a model on the hub.")]='minilm',
     data:Annotated[Optional[str], typer.Option(
@@ -234,25 +271,22 @@ def shrink_command(
     out:Annotated[Optional[str], typer.Option(
         help='Folder for the smaller model and its card; of several, for a folder for each.')]=None):
     "Make a model smaller, without labels and without training."
-    _quiet()
     from tqdm import tqdm
     from compecon.settle import check_place
-    try:
-        budgets, methods = _names(budget), _names(method or ('repair' if data else 'repair,fisher,magnitude,random'))
-        _check_asked(budgets, methods)
-        several = len(budgets)*len(methods) > 1
-        if out and not several: check_place(out)
-        rows = read_data(data, column) if data else _demo_texts()
-        others = read_data(other, column) if other else None
-        if samples is None: samples = 512 if data else 256
-        (dense, tokenizer), reports = load_model(model), []
-        for m in methods:
-            for small, report in _shrunk(dense, budgets, rows, tokenizer, m, samples, others, engine):
-                reports.append(report)
-                folder = _folder(report, out, methods) if several else out
-                if out: tqdm.write(f'in {report.save(small, folder, tokenizer)}')
-        typer.echo(_shrink_table(reports))
-    except (ValueError, ImportError) as e: _stop(e)
+    budgets, methods = _names(budget), _names(method or ('repair' if data else 'repair,fisher,magnitude,random'))
+    _check_asked(budgets, methods)
+    several = len(budgets)*len(methods) > 1
+    if out and not several: check_place(out)
+    rows = read_data(data, column) if data else _demo_texts()
+    others = read_data(other, column) if other else None
+    if samples is None: samples = 512 if data else 256
+    (dense, tokenizer), reports = load_model(model), []
+    for m in methods:
+        for small, report in _shrunk(dense, budgets, rows, tokenizer, m, samples, others, engine):
+            reports.append(report)
+            folder = _folder(report, out, methods) if several else out
+            if out: tqdm.write(f'in {report.save(small, folder, tokenizer)}')
+    typer.echo(_shrink_table(reports))
 
 # %% ../../nbs/56_cli.ipynb #03fd618c
 def _demo_texts(): # Sentences of the language reference
@@ -294,30 +328,29 @@ def _folder(report, out, methods): # Of one of several models
     return Path(out or '', f'{report.method}-{name}' if len(methods) > 1 else name)
 
 # %% ../../nbs/56_cli.ipynb #efb487be
-@app.command('evaluate')
+@_command('evaluate')
 def evaluate_command(
     folder:Annotated[str, typer.Argument(help='A settled model, as `compecon frontier` saves it.')],
     task:_Task='agreement', data:_Data=None):
     "Load a settled model and score it on a task."
-    _quiet()
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
     from compecon.lab.experiment import TASKS, load_task
-    from compecon.lab.finetune import evaluate_all
+    from compecon.lab.finetune import evaluate_all, model_source
     from compecon.lab.glue import tokenize
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-        splits = {k: rows for k,rows in load_task(task, data).items() if k != 'train'}
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        samples = {k: tokenize(TASKS[task], rows, tokenizer) for k,rows in splits.items()}
-        scores = evaluate_all(model, TASKS[task], samples)
-    except (ValueError, OSError) as e: _stop(e)
+    from compecon.lab.loading import load_tokenizer, load_whole
+    if task not in TASKS: raise ValueError(f'unknown task {task!r}: there are {", ".join(TASKS)}')
+    model = load_whole(AutoModelForSequenceClassification, model_source(folder), folder)
+    tokenizer = load_tokenizer(model_source(folder), model, folder)
+    splits = {k: rows for k,rows in load_task(task, data).items() if k != 'train'}
+    samples = {k: tokenize(TASKS[task], rows, tokenizer) for k,rows in splits.items()}
+    scores = evaluate_all(model, TASKS[task], samples)
     for name, value in scores.items(): typer.echo(f'{name}: {value:.6f}')
 
 # %% ../../nbs/56_cli.ipynb #56e0a002
 _Texts = Annotated[Optional[str], typer.Option(
     help='A file of texts (txt, csv, jsonl or parquet), or a data set on the hub. Without it, English sentences.')]
 
-@app.command('export')
+@_command('export')
 def export_command(
     model:Annotated[str, typer.Argument(
         help="A folder, as `compecon shrink --out` makes it, 'minilm', or a model on the hub.")],
@@ -328,14 +361,11 @@ def export_command(
     int8:Annotated[bool, typer.Option(help='An int8 graph too?')]=False,
     static:Annotated[bool, typer.Option(help='Take the ranges of int8 from the texts?')]=False):
     "Write a model for ONNX Runtime or OpenVINO, checked on texts."
-    _quiet()
     from compecon.export import export
-    try:
-        rows = read_data(data, column) if data else _demo_texts()
-        found, tokenizer = load_model(model)
-        table = export(found.float(), tokenizer, out, rows, to=_names(to),
-                       int8='static' if static else int8, progress=True)
-    except (ValueError, ImportError, OSError, RuntimeError) as e: _stop(e)
+    rows = read_data(data, column) if data else _demo_texts()
+    found, tokenizer = load_model(model)
+    table = export(found.float(), tokenizer, out, rows, to=_names(to),
+                   int8='static' if static else int8, progress=True)
     typer.echo(f'\n{_markdown(table)}\n\n{_EXPORTED}\n\nin {out}')
 
 def _markdown(table): # What was not measured is empty
@@ -345,7 +375,7 @@ _TIMES = "ms: the median of a few turns; ratio: to the first row, the median of 
 _EXPORTED = ('error: the largest difference from an answer of torch, as a share of the largest answer. '
              f'{_TIMES}, for one text of mean length.')
 
-@app.command('bench')
+@_command('bench')
 def bench_command(
     folder:Annotated[str, typer.Argument(help='A settled model, as `compecon shrink --out` makes it.')],
     dense:Annotated[Optional[str], typer.Option(help='The model that it was made from.')]=None,
@@ -358,19 +388,16 @@ def bench_command(
     threads:Annotated[Optional[int], typer.Option(help="Of the processor. Default: PyTorch's choice.")]=None,
     picture:Annotated[Optional[str], typer.Option(help='A file for the picture, as bench.svg.')]=None):
     "Time a small model and the dense one in every engine that is installed here."
-    _quiet()
     import torch
     from compecon.engines import bench, bench_figure, best_of
-    try:
-        sizes = [int(b) for b in _names(batch)]
-        if threads: torch.set_num_threads(threads)
-        rows = read_data(data, column) if data else _demo_texts()
-        named = ([('dense', dense)] if dense else []) + [('small', folder)]
-        loaded = {name: load_model(m) for name, m in named}
-        models, tokenizer = {k: m.float() for k, (m, _) in loaded.items()}, next(iter(loaded.values()))[1]
-        table = bench(models, tokenizer, rows, _names(engines) if engines else None, sizes, progress=True)
-        if picture: bench_figure(table).savefig(picture)
-    except (ValueError, ImportError, OSError, RuntimeError) as e: _stop(e)
+    sizes = [_whole_number(b, '--batch') for b in _names(batch)]
+    if threads: torch.set_num_threads(threads)
+    rows = read_data(data, column) if data else _demo_texts()
+    named = ([('dense', dense)] if dense else []) + [('small', folder)]
+    loaded = {name: load_model(m) for name, m in named}
+    models, tokenizer = {k: m.float() for k, (m, _) in loaded.items()}, next(iter(loaded.values()))[1]
+    table = bench(models, tokenizer, rows, _names(engines) if engines else None, sizes, progress=True)
+    if picture: bench_figure(table).savefig(picture)
     best, alike = best_of(table), table.columns[1]
     typer.echo(f'\n{_markdown(table)}\n\n{_TIMES}. 1x16: one sequence of 16 tokens. {alike}: to the first row, on '
                'these texts; those that a model was made with flatter it.\n')
@@ -379,18 +406,15 @@ def bench_command(
         typer.echo(f'{size}: {name} in {engine} is the quickest with a {alike} of at least 0.9')
 
 # %% ../../nbs/56_cli.ipynb #cf4c1afa
-@app.command('kernels')
+@_command('kernels')
 def kernels_command(
     prebuild:Annotated[Optional[str], typer.Option(
         help="Build 'avx2', 'avx512' or 'generic' kernels, or 'all' for CUDA, into the package, for a wheel to carry.")
         ]=None):
     "Say what runs the sparse kernels on this machine; build them if they are missing."
-    _quiet()
     from compecon import native
-    try:
-        if prebuild: return typer.echo(native.prebuild(prebuild))
-        loaded = native.status()
-    except (ValueError, native.BuildError) as e: _stop(e)
+    if prebuild: return typer.echo(native.prebuild(prebuild))
+    loaded = native.status()
     for target, row in loaded.iterrows():
         where = f'({row.why})' if row.why else f'in {row.seconds:.1f} s: {row.library}'
         typer.echo(f'{target}: {row.variant}, {row.how} {where}')

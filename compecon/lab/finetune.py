@@ -21,13 +21,14 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import default_device, set_seed
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from ..agents import FAMILIES
 from ..callback import HFCallback, Parallel
 from ..core import evaluating, model_inputs, rank_and_world_size
 from .agreement import Task, loss_of, score
 from .glue import length_sorted
+from .loading import check_rows_for, load_tokenizer, load_whole, naming
 
 # %% ../../nbs/53a_finetune.ipynb #8efd05aa
 MINILM = 'minilm' # Name of the packaged model
@@ -47,27 +48,21 @@ def model_source(
     return name
 
 # %% ../../nbs/53a_finetune.ipynb #f917fa8b
-@contextmanager
-def _naming(name): # Errors of `from_pretrained`, in one sentence
-    try: yield
-    except OSError as e:
-        reason = str(e).splitlines()[0]
-        raise ValueError(f'{name!r} cannot be loaded, from a folder or from the hub: {reason}') from e
-
 def load_dense(
     name:str, # 'minilm', a folder, or a name on the hub
     task:Task # Says how many outputs the head has
     )->tuple[nn.Module,object]: # The model with a fresh (or its own) head, and its tokenizer
-    "A pre-trained model for a task; raises `ValueError` if it cannot be found or is of no known family"
+    "A pre-trained model for a task; raises `ValueError` if it is not whole, or of no known family"
     source = model_source(name)
-    with _naming(name): config = AutoConfig.from_pretrained(source, num_labels=task.classes)
+    with naming(name): config = AutoConfig.from_pretrained(source, num_labels=task.classes)
     if config.model_type not in FAMILIES:
         raise ValueError(f'{name} is a {config.model_type!r}: compecon knows {", ".join(sorted(FAMILIES))}')
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load_tokenizer(source, name=name)
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     config.pad_token_id = tokenizer.pad_token_id
-    load = AutoModelForSequenceClassification.from_pretrained
-    with _naming(name): return load(source, config=config, ignore_mismatched_sizes=True), tokenizer
+    model = load_whole(AutoModelForSequenceClassification, source, name, fresh_head=True, config=config)
+    check_rows_for(tokenizer, model, name)
+    return model, tokenizer
 
 # %% ../../nbs/53a_finetune.ipynb #f576d964
 class _Quiet(Callback):

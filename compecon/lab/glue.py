@@ -6,6 +6,7 @@
 __all__ = ['GLUE', 'check_rows', 'load_glue', 'tokenize', 'length_sorted']
 
 # %% ../../nbs/52_glue.ipynb #0dc2fb26
+import glob
 import json
 from functools import partial
 from pathlib import Path
@@ -82,8 +83,9 @@ def _from_folder(stem): # Rows, and where they are from
     if file.stat().st_size == 0: raise ValueError(f'{file} is empty')
     kind, options = 'json', {}
     if file.suffix == '.csv': kind, options = 'csv', dict(keep_default_na=False, na_values=[''])
-    try: rows = datasets.load_dataset(kind, data_files=str(file), split='train', **options)
-    except (datasets.exceptions.DatasetGenerationError, ValueError) as e:
+    name = glob.escape(str(file.resolve()))  # it is no pattern, whatever the folder is called
+    try: rows = datasets.load_dataset(kind, data_files=name, split='train', **options)
+    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as e:
         raise ValueError(f'{file} cannot be read as {kind}, or is empty: {e}') from e
     return rows, str(file)
 

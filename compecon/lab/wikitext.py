@@ -30,6 +30,7 @@ from ..agents import FAMILIES
 from ..core import cache_folder, evaluating, model_inputs
 from ..cost import longest_input
 from ..distill import distillation_loss, hidden_loss
+from .loading import load_tokenizer, load_whole, naming
 
 # %% ../../nbs/53_wikitext.ipynb #a292ce93
 _SPLITS = 'train', 'validation', 'test'
@@ -72,13 +73,18 @@ _RULES = [ # In this order
     (r'([$£€]) (?=\d)', r'\1'),
     (r'(?<=\d) – (?=\d)', '–')]
 
+def _heading(line): # `= = Prices = =` -> `== Prices ==`; other lines as they are
+    words = line.split(' ')
+    first = next((i for i, w in enumerate(words) if w != '='), 0)
+    last = next((i for i, w in enumerate(reversed(words)) if w != '='), 0)
+    if not first or not last: return line
+    return ' '.join(['='*first, *words[first:-last], '='*last])
+
 def detokenize(
     text:str # As WikiText was published
     )->str: # With as many lines
     "Text as people write it"
-    def heading(m): return f'{m[1].replace(" ", "")} {m[2]} {m[3].replace(" ", "")}'
-    text = '\n'.join(line.strip(' ') for line in text.split('\n'))
-    text = re.sub(r'(?m)^((?:= )+)(.+?)((?: =)+)$', heading, text)
+    text = '\n'.join(_heading(line.strip(' ')) for line in text.split('\n'))
     for pattern, new in _RULES: text = re.sub(pattern, new, text)
     return text
 
@@ -267,15 +273,11 @@ def load_decoder(
     source = _converted() if name == SMOLLM2 else name
     if Path(source).is_dir() and not (Path(source)/'config.json').is_file():
         raise ValueError(f'{name} is a folder without a model: config.json missing')
-    try:
-        kind = AutoConfig.from_pretrained(source).model_type
-        if kind not in FAMILIES:
-            raise ValueError(f'{name} is a {kind!r}: compecon knows {", ".join(sorted(FAMILIES))}')
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
-    except OSError as e:
-        reason = str(e).splitlines()[0]
-        raise ValueError(f'{str(name)!r} cannot be loaded, from a folder or from the hub: {reason}') from e
-    return check_decoder(model.eval()), tokenizer
+    with naming(name): kind = AutoConfig.from_pretrained(source).model_type
+    if kind not in FAMILIES:
+        raise ValueError(f'{name} is a {kind!r}: compecon knows {", ".join(sorted(FAMILIES))}')
+    model = load_whole(AutoModelForCausalLM, source, name)
+    return check_decoder(model), load_tokenizer(source, model, name)
 
 # %% ../../nbs/53_wikitext.ipynb #4a9cf0d7
 def lm_batches(
