@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'REFUSED', 'TINY', 'INPUTS', 'LayerSpec', 'family_of', 'tiny_model', 'example_inputs', 'check_family',
-           'Sublayer', 'find_agents', 'keep_features', 'reorder_neurons']
+           'Sublayer', 'check_plain', 'find_agents', 'keep_features', 'reorder_neurons']
 
 # %% ../nbs/03_agents.ipynb #8d3b4259
 import inspect
@@ -17,6 +17,7 @@ from difflib import get_close_matches
 import torch
 import transformers
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from .core import width_in, width_out
@@ -473,6 +474,45 @@ def _sublayer(path, layer, spec, base, block_size): # `None` if all of its agent
     else: n, shared = _count_blocks(width_in(out_proj), block_size), ()
     return Sublayer(f'{path}.{spec.out_proj}', layer, n, spec, base, core, out_proj, in_projs, shared)
 
+# %% ../nbs/03_agents.ipynb #7457487c
+_WITHIN = dict(OptimizedModule='_orig_mod', DataParallel='module', DistributedDataParallel='module',
+               FullyShardedDataParallel='module', CrossEncoder='[0].model')
+
+def check_plain(
+    model:nn.Module, # A Hugging Face model
+    in_memory:bool=False # Are numbers needed, and not only shapes?
+    ):
+    "Raises `ValueError`, saying what to do, for a wrapper, and for weights that are no plain parameters"
+    kind, modules = type(model).__name__, list(model.modules())
+    if kind in _WITHIN:
+        path = f'.{_WITHIN[kind]}'.replace('.[', '[')
+        raise ValueError(f'this is a {kind} around a model: give the model in it, `model{path}`')
+    if any(type(m).__module__.startswith('peft.') or any('lora_' in n for n in m._modules) for m in modules):
+        raise ValueError('this model has LoRA or other adapters that are not merged: '
+                         '`model = model.merge_and_unload()` first')
+    if any(f'{n[:-5]}_mask' in m._buffers for m in modules for n in m._parameters if n.endswith('_orig')):
+        raise ValueError('this model has masks of torch.nn.utils.prune: make them permanent by `prune.remove` first')
+    if any(parametrize.is_parametrized(m) for m in modules):
+        raise ValueError('this model has parametrized weights: make them plain by '
+                         '`torch.nn.utils.parametrize.remove_parametrizations` first')
+    if not all(map(_is_plain, modules)):
+        raise ValueError('this model is quantised, or its weights are sharded: '
+                         'cut the model in 32 or 16 bits and on one device, then quantise')
+    if in_memory: _check_memory(model)
+
+def _is_plain(module): # Are its weights tensors of floating-point numbers?
+    weight = getattr(module, 'weight', None)
+    if weight is None: return not hasattr(module, '_packed_params')
+    return type(weight) in (nn.Parameter, torch.Tensor) and weight.is_floating_point()
+
+def _check_memory(model):
+    devices = sorted({str(p.device) for p in model.parameters()})
+    if 'meta' in devices:
+        raise ValueError('some weights are not in memory (`device_map` or offloading keeps them elsewhere): '
+                         'load the model whole')
+    if len(devices) > 1:
+        raise ValueError(f'this model lies on {", ".join(devices)}: load it on one device, as by `model.to("cpu")`')
+
 # %% ../nbs/03_agents.ipynb #7457487a
 def find_agents(
     model:nn.Module, # A Hugging Face model of a family in FAMILIES
@@ -480,11 +520,13 @@ def find_agents(
     )->list[Sublayer]: # Layer by layer, attention first
     """The sub-layers of a model
 
-    Raises `ValueError` for packed models, models without layers, a bad `block_size`, and what `check_family` finds.
+    Raises `ValueError` for packed models, models without layers, a bad `block_size`, and what `check_plain` and
+    `check_family` find.
     """
     if any(type(getattr(m, 'state', None)).__name__ in ('OpenState', 'WholeState') for m in model.modules()):
         raise ValueError(f'this {type(model).__name__} is packed: use the model that it was packed from. '
                          '(`compecon.packed.open_agents` opens its agents)')
+    check_plain(model)
     check_family(model)
     family, found = family_of(model), []
     stacks = list(dict.fromkeys(spec.where.split('.')[0] for spec in family))

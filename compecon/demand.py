@@ -21,7 +21,8 @@ from .agents import Sublayer, reorder_neurons
 from .core import evaluating, model_inputs, weight_in_out
 from .economy import Economy
 from .outputs import Outputs
-from .repair import RepairTargets, Replay, feature_sums, fit_projections, real_tokens
+from .importance import real_tokens
+from .repair import RepairTargets, Replay, feature_sums, fit_projections
 from .vocabulary import nearest_rows
 
 # %% ../nbs/32c_demand.ipynb #32c0000b

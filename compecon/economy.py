@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .agents import find_agents
+from .agents import check_plain, find_agents
 from .core import Budget, flops_share
 from .cost import check_price, price_list
 from .curves import CostCurves, best_counts, flops_curves, params_curves
@@ -27,6 +27,7 @@ class GatedModel:
         block_size:int=32, # Neurons of a block
         gate:Gate|None=None # How agents open and close; an AnnealedGate if `None`
         ):
+        check_plain(model, in_memory=True)
         self.sublayers = find_agents(model, block_size)
         self.model, self.block_size = model, block_size
         self.gates = attach_gates(model, self.sublayers, gate or AnnealedGate())

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .agents import example_inputs, find_agents, reorder_neurons
+from .agents import check_plain, example_inputs, find_agents, reorder_neurons
 from .budget import measure_latency
 from .core import (Budget, batch_tokens, evaluating, has_gates, mean_tokens, model_inputs, package_versions,
                            width_in, width_out)
@@ -170,46 +170,15 @@ def check_weights(
     "The model itself, or `ValueError` saying why it cannot be cut and what to do"
     if not isinstance(model, nn.Module):
         raise ValueError(f'model={str(model)[:60]!r}: the model itself is needed, as from `AutoModel.from_pretrained`')
-    names = [n for n,_ in model.named_parameters()]
     if has_gates(model): raise ValueError('this model has gates: take them off by `remove_gates(model)`')
-    if any('lora_' in n for n in names):
-        raise ValueError('this model has LoRA adapters that are not merged: `model = model.merge_and_unload()` first')
-    if any(n.endswith('_orig') for n in names):
-        raise ValueError('this model has masks of torch.nn.utils.prune: make them permanent by `prune.remove` first')
-    _check_class(model)
-    if any(p.device.type == 'meta' for p in model.parameters()):
-        raise ValueError('some weights are not in memory (`device_map` or offloading keeps them elsewhere): '
-                         'load the model whole')
-    devices = sorted({str(p.device) for p in model.parameters()})
-    if len(devices) > 1:
-        raise ValueError(f'this model lies on {", ".join(devices)}: load it on one device, as by `model.to("cpu")`')
-    if any(hasattr(m, 'parametrizations') for m in model.modules()):
-        raise ValueError('this model has parametrized weights: make them plain by '
-                         '`torch.nn.utils.parametrize.remove_parametrizations` first')
-    if not all(_is_plain(m) for m in model.modules()):
-        raise ValueError('this model is quantised: shrink the model in 32 or 16 bits, then quantise')
+    check_plain(model, in_memory=True)
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f'{type(model).__name__} is no model of transformers: where it has one in it, shrink that '
+                         'one, and put the smaller one in its place')
     find_agents(model, 1)
     broken = [name for name,p in model.named_parameters() if not p.isfinite().all()]
     if broken: raise ValueError(f'{broken[0]} has weights that are not finite: this model is broken already')
     return model
-
-# %% ../nbs/33_shrink.ipynb #6975e0cbb
-_WITHIN = dict(OptimizedModule='_orig_mod', DataParallel='module', DistributedDataParallel='module',
-               FullyShardedDataParallel='module', CrossEncoder='[0].model')
-
-def _check_class(model): # Is it a model of transformers, and not something around one?
-    kind = type(model).__name__
-    if kind in _WITHIN:
-        path = f'.{_WITHIN[kind]}'.replace('.[', '[')
-        raise ValueError(f'this is a {kind} around a model: give the model in it, `model{path}`')
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f'{kind} is no model of transformers: where it has one in it, shrink that one, and put the '
-                         'smaller one in its place')
-
-def _is_plain(module): # Are its weights tensors of floating-point numbers?
-    weight = getattr(module, 'weight', None)
-    if weight is None: return not hasattr(module, '_packed_params')
-    return type(weight) in (nn.Parameter, torch.Tensor) and weight.is_floating_point()
 
 # %% ../nbs/33_shrink.ipynb #6975e0cbc
 def usual_block_size(
