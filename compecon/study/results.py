@@ -86,7 +86,8 @@ _TRAINED = [
                 f'{_NO_STEPS} repair,repair-layers,slimgpt --texts python --params 0.8,0.7',
                 f'{_NO_STEPS} repair,slimgpt --steps 60 --params 0.8,0.5')),
     Source('context.jsonl', 'do gates pay that read their input?', _all(
-        f'{_CONTEXT} --task cola', f'{_CONTEXT} --task stsb --seeds 1'))]
+        f'{_CONTEXT} --task cola', f'{_CONTEXT} --task stsb --seeds 1')),
+    Source('domains.jsonl', 'and where texts differ in kind?', 'python experiments/domains.py --data DATA')]
 
 # %% ../../nbs/63_results.ipynb #af6eac4f
 _SPEED = [
