@@ -36,7 +36,11 @@ def _groups(sublayer): # For each key-value head that is shared, its query heads
     return [[i for i,kv in enumerate(sublayer.shared_by) if kv == number] for number in numbers]
 
 def _runs(sublayer, model): # How often the sub-layer runs in one pass (more than once in ALBERT)
-    return sublayer.spec.repeats(model.config) if sublayer.spec.repeats else 1
+    if not sublayer.spec.repeats: return 1
+    groups = getattr(model.config, 'num_hidden_groups', 1)
+    if groups == 1: return sublayer.spec.repeats(model.config)
+    layers, group = model.config.num_hidden_layers, int(sublayer.layer.partition('.')[0])
+    return [int(i/(layers/groups)) for i in range(layers)].count(group)
 
 # %% ../nbs/05_cost.ipynb #b60732de
 def closed_form(

@@ -46,9 +46,73 @@ def layer_flops(
     if gated: terms['gate'] = projection(hidden, neurons)
     return terms | dict(down=projection(neurons, hidden))
 
+# %% ../nbs/02_flops.ipynb #44d1a9c2
+_SPARSE = torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc
+
+def _stored(x): return (x._values() if x.layout is torch.sparse_coo else x.values()).numel()
+
+def _matmul(a, b, *_, **__):
+    if a.is_nested: return sum(map(_matmul, a.unbind(), b.unbind())) if b.is_nested else 2*a.numel()*b.shape[-1]
+    rows, columns = math.prod(a.shape[-2:-1]), math.prod(b.shape[1:][-1:])
+    if a.layout in _SPARSE and b.layout in _SPARSE:
+        raise ValueError('the product of two sparse matrices cannot be counted: make one of them dense')
+    if a.layout in _SPARSE: return 2*_stored(a)*columns
+    if b.layout in _SPARSE: return 2*_stored(b)*math.prod(a.shape[:-1])
+    return 2*math.prod(torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]))*rows*a.shape[-1]*columns
+
+def _added(addend, a, b, *_, **__): return _matmul(a, b)
+def _sampled(mask, a, b, *_, **__): return 2*_stored(mask)*a.shape[-1]
+def _outer(addend, a, b, *_, **__): return 2*a.numel()*b.numel()
+def _substituted(a, b, *_, **__): return a.shape[-1]*b.numel() # half of a triangular matrix is multiplied
+def _linear(x, weight, *_, **__): return _matmul(x, weight.t())
+def _pairs(a, b, *_, **__): return sum(map(_matmul, a, b))
+
+# %% ../nbs/02_flops.ipynb #5e60c7f8
+def _grouped(a, b, offs=None, *_, **__):
+    if offs is None: return _matmul(a, b)
+    rows, inner, columns = a.shape[-2], a.shape[-1], b.shape[-1]
+    whole = inner if a.ndim == b.ndim else rows if a.ndim == 2 else columns # the size that is divided into groups
+    executed = whole if offs.is_meta else int(offs[-1])
+    return 2*rows*inner*columns//max(1, whole)*executed
+
+def _grouped_scaled(a, b, scale_a, scale_b, offs=None, *_, **__): return _grouped(a, b, offs)
+def _grouped_scaled_v2(a, b, sa, ra, wa, sb, rb, wb, offs=None, *_, **__): return _grouped(a, b, offs)
+
+# %% ../nbs/02_flops.ipynb #b3c8d154
+def _recurrent(x, weights, *_, **__):
+    return 2*math.prod(x.shape[:-1])*sum(w.numel() for w in weights if w.ndim == 2)
+
+def _recurrent_layer(x, w_in, w_state, *_, **__): return _recurrent(x, [w_in, w_state])
+
+# %% ../nbs/02_flops.ipynb #1f7d7c36
+def _convolved(x, weight, *_, out_val, **__): return 2*math.prod(weight.shape[1:])*out_val.numel()
+def _convolved_transposed(x, weight, *_, **__): return 2*math.prod(weight.shape[1:])*x.numel()
+def _convolved_tbc(x, weight, *_, out_val, **__): return 2*math.prod(weight.shape[:-1])*out_val.numel()
+def _convolved_packed(x, packed, *_, out_val, **__): return _convolved(x, packed.unpack()[0], out_val=out_val)
+def _linear_packed(x, *_, out_val, **__): return 2*x.numel()*out_val.shape[-1]
+def _affine_grid(theta, *_, out_val, **__): return 2*out_val.numel()*theta.shape[-1]
+def _distances(a, b, *_, out_val, **__): return 2*out_val.numel()*(a.shape[-1] + 2)
+
+def _trilinear(a, b, c, lacks_a, lacks_b, lacks_c, summed, *_, **__):
+    shapes = []
+    for x, lacking in (a, lacks_a), (b, lacks_b), (c, lacks_c):
+        for dim in sorted(lacking): x = x.unsqueeze(dim)
+        shapes.append(x.shape)
+    sizes = torch.broadcast_shapes(*shapes)
+    summed_first = math.prod(sizes[dim] for dim in summed if dim in lacks_c)
+    return 2*math.prod(sizes) + 2*math.prod(sizes)//max(1, summed_first)
+
 # %% ../nbs/02_flops.ipynb #650745d0
 def _sdpa(query, key, value, *_, **__): # (..., T, D); keys and values may have fewer heads
+    if query.is_nested: return sum(map(_sdpa, query.unbind(), key.unbind(), value.unbind()))
     return 2*math.prod(query.shape[:-1])*key.shape[-2]*(query.shape[-1] + value.shape[-1])
+
+def _sdpa_packed(query, key, value, ends_q, ends_k, *_, **__): # (..., T, heads, D)
+    if ends_q is None: return _sdpa(*(x.transpose(-2, -3) for x in (query, key, value)))
+    lengths = zip(ends_q.diff().tolist(), (ends_q if ends_k is None else ends_k).diff().tolist())
+    return 2*sum(q*k for q,k in lengths)*query.shape[-2]*(query.shape[-1] + value.shape[-1])
+
+def _sdpa_biased(query, key, value, bias, *ends, **__): return _sdpa_packed(query, key, value, *ends)
 
 def _lengths(x): # Of each sequence of a batch, which may be nested
     if x.is_nested: return [len(row) for row in x.unbind()]
@@ -63,33 +127,92 @@ def _fused_layer(src, embed_dim, *args, **__):
     ffn = sum(2*n*(up.numel() + down.numel()) for n in _lengths(src))
     return _fused_attention(src, src, src, embed_dim) + ffn
 
+# %% ../nbs/02_flops.ipynb #d9b24f51
 def _of_inputs(formula): # A formula that does not need the operator's result
     return lambda *args, out_val=None, **kwargs: formula(*args, **kwargs)
 
-_aten = torch.ops.aten
-_KERNELS = 'flash_attention', 'flash_attention_for_cpu', 'efficient_attention', 'cudnn_attention'
-FORMULAS = dict(flop_registry)
-FORMULAS |= {getattr(_aten, f'_scaled_dot_product_{k}'): _of_inputs(_sdpa) for k in _KERNELS}
-FORMULAS |= {_aten._native_multi_head_attention: _of_inputs(_fused_attention),
-             _aten._transformer_encoder_layer_fwd: _of_inputs(_fused_layer)}
+_OF_INPUTS = {
+    _matmul: 'mm bmm matmul mv dot vdot _int_mm _scaled_mm _scaled_mm_v2',
+    _added: 'addmm addmv addbmm baddbmm _addmm_activation _sparse_addmm',
+    _sampled: 'sparse_sampled_addmm', _outer: 'addr', _linear: 'linear', _pairs: '_foreach_mm',
+    _substituted: 'linalg_solve_triangular', _grouped: '_grouped_mm',
+    _grouped_scaled: '_scaled_grouped_mm', _grouped_scaled_v2: '_scaled_grouped_mm_v2',
+    _recurrent: '_cudnn_rnn miopen_rnn', _recurrent_layer: 'mkldnn_rnn_layer', _trilinear: '_trilinear',
+    _convolved_transposed: """cudnn_convolution_transpose miopen_convolution_transpose slow_conv_transpose2d
+        slow_conv_transpose3d""",
+    _sdpa: """_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu
+        _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention
+        _scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math_for_mps""",
+    _sdpa_packed: '_flash_attention_forward', _sdpa_biased: '_efficient_attention_forward _cudnn_attention_forward',
+    _fused_attention: '_native_multi_head_attention', _fused_layer: '_transformer_encoder_layer_fwd'}
+_OF_RESULTS = {
+    _convolved: """mkldnn_convolution cudnn_convolution cudnn_convolution_relu cudnn_convolution_add_relu
+        miopen_convolution miopen_convolution_relu miopen_convolution_add_relu miopen_depthwise_convolution
+        _conv_depthwise2d conv_depthwise3d _slow_conv2d_forward slow_conv3d_forward slow_conv_dilated2d
+        slow_conv_dilated3d _nnpack_spatial_convolution""",
+    _convolved_tbc: 'conv_tbc', _distances: '_euclidean_dist', _affine_grid: 'affine_grid_generator',
+    _linear_packed: """mkldnn_linear _mixed_dtypes_linear _dyn_quant_matmul_4bit _weight_int8pack_mm _weight_int4pack_mm
+        _weight_int4pack_mm_for_cpu _weight_int4pack_mm_with_scales_and_zeros"""}
+
+FORMULAS = {str(op): formula for op, formula in flop_registry.items()}
+FORMULAS |= {f'aten.{op}': _of_inputs(f) for f, names in _OF_INPUTS.items() for op in names.split()}
+FORMULAS |= {f'aten.{op}': f for f, names in _OF_RESULTS.items() for op in names.split()}
+FORMULAS |= {f'quantized.linear{how}': _linear_packed for how in ('', '_relu', '_dynamic', '_relu_dynamic')}
+FORMULAS |= {f'quantized.conv{n}d{how}': _convolved_packed for n in (1, 2, 3) for how in ('', '_relu')}
+FORMULAS |= {'torchvision.deform_conv2d': _convolved, 'torch_attn._varlen_attn': _of_inputs(_sdpa_packed),
+             'transformers.grouped_mm_fallback': _of_inputs(_grouped)}
 
 # %% ../nbs/02_flops.ipynb #431ce19d
 FREE = set("""
-    _local_scalar_dense _nested_tensor_from_mask _nested_tensor_from_mask_left_aligned _pad_enum _safe_softmax
-    _softmax _log_softmax _to_copy _unsafe_view all amax amin any arange argmax argmin bernoulli bernoulli_ cat clone
-    constant_pad_nd copy_ cummax cumsum dropout embedding empty empty_like empty_strided eye fill_ flip full full_like
-    gather group_norm index index_put index_put_ index_select item lift_fresh linspace logsumexp masked_fill_
-    masked_select max mean min multinomial native_dropout normal_ native_group_norm native_layer_norm new_empty
-    new_full new_ones new_zeros nonzero ones ones_like prod rand rand_like randint randn repeat repeat_interleave
-    resize_ rms_norm _fused_rms_norm roll scalar_tensor scatter scatter_ scatter_add select_scatter slice_scatter sort
-    split_with_sizes_copy stack std sum to_padded_tensor topk tril triu uniform_ unique_consecutive unique_dim var
-    var_mean zero_ zeros zeros_like cross_entropy_loss nll_loss_forward
+    _add_relu _aminmax _cdist_forward _chunk_cat _coalesce _efficientzerotensor _embedding_bag
+    _embedding_bag_forward_only _fused_dropout _fused_moving_avg_obs_fq_helper _fused_rms_norm _fused_sdp_choice
+    _index_put_impl _is_all_true _is_any_true _linalg_check_errors _local_scalar_dense _log_softmax _logcumsumexp
+    _masked_scale _masked_softmax _pack_padded_sequence _pad_enum _pdist_forward _pin_memory _prelu_kernel
+    _reshape_copy _safe_softmax _softmax _sparse_log_softmax _sparse_softmax _sparse_sum _stack
+    _thnn_fused_gru_cell _thnn_fused_lstm_cell _to_dense _transform_bias_rescale_qkv _unique _unique2
+    _unsafe_masked_index _unsafe_masked_index_put_accumulate _unsafe_view _weight_norm_interface all allclose amax
+    amin aminmax any arange argmax argmin as_strided_scatter bernoulli binary_cross_entropy
+    binary_cross_entropy_with_logits bincount block_diag bucketize cat channel_shuffle clone col2im complex
+    constant_pad_nd copy count_nonzero cross_entropy_loss cummax cummin cumprod cumsum dequantize diag_embed
+    diagonal_scatter dist dropout embedding embedding_renorm empty empty_like empty_permuted empty_strided eye
+    fft_fftfreq fft_rfftfreq fill flip floor_divide full full_like gather glu group_norm hardswish hash_tensor
+    histc histogram im2col index index_add index_copy index_fill index_put index_reduce index_select is_pinned
+    is_same_size isin item kthvalue lift lift_fresh linalg_cross linalg_vector_norm linspace log_softmax
+    logcumsumexp logspace logsumexp lu_unpack masked_fill masked_scatter masked_select max mean median min mode
+    multinomial nanmedian nansum native_channel_shuffle native_dropout native_group_norm native_layer_norm
+    native_norm new_empty new_empty_strided new_full new_ones new_zeros nonzero nonzero_static norm ones ones_like
+    pixel_shuffle pixel_unshuffle polar prod put range record_stream renorm repeat repeat_interleave resize
+    resize_as rms_norm roll rot90 rrelu_with_noise scalar_tensor scatter scatter_add scatter_reduce searchsorted
+    segment_reduce select_scatter set slice_scatter softmax sort sparse_mask split_with_sizes_copy stack std
+    std_mean sum take to_mkldnn to_padded_tensor topk trace tril tril_indices triu triu_indices unique_consecutive
+    unique_dim unique_dim_consecutive unsafe_split unsafe_split_with_sizes var var_mean zero zeros zeros_like
 """.split())
 
+# %% ../nbs/02_flops.ipynb #2b90e3d7
+_CONTAIN = """pool[123]d batch_norm upsample_ grid_sampler _pad[123]d loss fake_quant _window _nested_ _jagged_
+    _sigmoid_forward constrain_range dropout_state assert (norm|softmax|dense|select|slice|lu)_backward"""
+_BEGIN = """rand normal log_normal uniform cauchy exponential geometric poisson binomial _standard_gamma _histogramdd_
+    quantize_per_ q_ int_repr _to_ sparse_(coo|compressed)_tensor _sparse_coo_tensor _validate_ _foreach_(?!mm)"""
+_ELSEWHERE = r"""torchvision\.(nms|roi_|ps_roi_) profiler\. c10d\. _c10d_functional\. prims\.convert_element_type
+    quantized_decomposed\. torchao\.((de)?quantize_|choose_)"""
+def _any_of(kinds): return '|'.join(kinds.split())
+_FREE_KINDS = re.compile(rf'aten\.(.*({_any_of(_CONTAIN)})|{_any_of(_BEGIN)})|{_any_of(_ELSEWHERE)}')
+
+def _name(op): return str(getattr(op, '_overloadpacket', op)) # As 'aten.add_'
+def _plain(name): return re.sub('(_copy)?_?$', '', name) # of the operator that another does in place or as a copy
+
+def _formula(op):
+    keys = getattr(op, '_overloadpacket', op), _name(op), _plain(_name(op))
+    return next((FORMULAS[key] for key in keys if key in FORMULAS), None)
+
 def _is_free(op): # Does it contain no product?
+    names = {_name(op), _plain(_name(op))}
+    if _FREE_KINDS.match(_name(op)) or (names | {n.removeprefix('aten.') for n in names}) & FREE: return True
     if not isinstance(op, torch._ops.OpOverload): return False
-    if op.is_view or torch.Tag.pointwise in op.tags: return True
-    return op.namespace == 'aten' and op._overloadpacket.__name__ in FREE
+    space = getattr(torch.ops, op.namespace)
+    packets = [getattr(space, n.rpartition('.')[2], None) for n in names]
+    overloads = [getattr(p, o) for p in packets if p for o in p.overloads()]
+    return any(o.is_view or torch.Tag.pointwise in o.tags for o in overloads)
 
 # %% ../nbs/02_flops.ipynb #075dbcdd
 @dataclass
@@ -112,7 +235,7 @@ class Audit:
 
     def _repr_markdown_(self):
         counts = self.by_module['']
-        rows = [(op, n, n/sum(counts.values())) for op,n in counts.most_common()]
+        rows = [(op, n, n/max(1, sum(counts.values()))) for op,n in counts.most_common()]
         rows += [(f'{op}: unknown', None, None) for op in self.unknown]
         return pd.DataFrame(rows, columns=['operator', 'FLOPs', 'share']).to_markdown(index=False)
 
@@ -127,15 +250,15 @@ class _Watch(TorchDispatchMode):
         self.by_module, self.unknown = defaultdict(Counter), Counter()
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if any(hasattr(kind, '__tensor_flatten__') for kind in types): return NotImplemented
         kwargs = kwargs or {}
-        packet = getattr(op, '_overloadpacket', op)
-        formula = FORMULAS.get(packet)
+        formula = _formula(op)
         if formula is None and not _is_free(op):
             result = self._by_parts(op, args, kwargs)
             if result is not NotImplemented: return result
-            self.unknown[str(packet)] += 1
+            self.unknown[_name(op)] += 1
         result = op(*args, **kwargs)
-        if formula is not None: self._add(str(packet), formula(*args, **kwargs, out_val=result))
+        if formula is not None: self._add(_name(op), formula(*args, **kwargs, out_val=result))
         return result
 
     def _by_parts(self, op, args, kwargs): # The result of a composite operator, its parts counted
