@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .agents import check_plain, example_inputs, find_agents, reorder_neurons
-from .budget import measure_latency
+from .budget import check_engine, measure_latency
 from .core import (Budget, batch_tokens, evaluating, has_gates, mean_tokens, model_inputs, package_versions,
                            width_in, width_out)
 from .cost import longest_input
@@ -525,6 +525,7 @@ def shrink_to_all(
     if isinstance(budgets, str | float | int | Budget): budgets = [budgets]
     budgets = [Budget(b) for b in budgets]
     _check_options(budgets, method, samples, batch, multiple)
+    check_engine(engine)
     body, clock = ModelBody(model, tokenizer, pooling, outputs), _Clock()
     def read(rows): return read_batches(body, rows, column, samples, batch, seed)
     with clock('read'):

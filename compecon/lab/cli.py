@@ -76,7 +76,7 @@ def _stop(error, code=2)->NoReturn:
 
 def _whole_number(text, option): # At least 1
     if text.isdecimal() and int(text): return int(text)
-    raise ValueError(f'{option} {text!r} must be whole numbers of at least 1, separated by commas')
+    raise ValueError(f'{option} {text!r} must be a whole number of at least 1')
 
 def _names(text): return tuple(name.strip() for name in text.split(','))
 
@@ -193,6 +193,8 @@ def read_file(
     readers = {'.csv': lambda f: pd.read_csv(f, dtype=str, keep_default_na=False), '.parquet': pd.read_parquet,
                '.jsonl': lambda f: pd.read_json(f, lines=True, dtype=False)}
     kind = file.suffix.lower()
+    if kind == '.txt' and column is not None:
+        raise ValueError(f'{file}: a txt file has no columns, and column={column!r} was asked for')
     if kind not in _FILES: raise ValueError(f'{file}: a file of texts is {", ".join(_FILES)}')
     if not file.is_file(): raise ValueError(f'{file} is not there')
     try:
@@ -273,8 +275,9 @@ def shrink_command(
     "Make a model smaller, without labels and without training."
     from tqdm import tqdm
     from compecon.settle import check_place
-    budgets, methods = _names(budget), _names(method or ('repair' if data else 'repair,fisher,magnitude,random'))
-    _check_asked(budgets, methods)
+    if method is None: method = 'repair' if data else 'repair,fisher,magnitude,random'
+    budgets, methods = _names(budget), _names(method)
+    _check_asked(budgets, methods, engine)
     several = len(budgets)*len(methods) > 1
     if out and not several: check_place(out)
     rows = read_data(data, column) if data else _demo_texts()
@@ -296,9 +299,11 @@ def _demo_texts(): # Sentences of the language reference
     sentences = {' '.join(s.split()) for s in re.split(r'(?<=[.:])\s+', text)}
     return sorted(s for s in sentences if 40 < len(s) < 120)[::5]
 
-def _check_asked(budgets, methods): # Before a model is loaded
+def _check_asked(budgets, methods, engine): # Before a model is loaded
+    from compecon.budget import check_engine
     from compecon.core import Budget
     from compecon.shrink import SHRINK_METHODS
+    check_engine(engine)
     for b in budgets: Budget(b)
     for m in methods:
         if m not in SHRINK_METHODS: raise ValueError(f'unknown method {m!r}: there are {", ".join(SHRINK_METHODS)}')
@@ -391,12 +396,12 @@ def bench_command(
     import torch
     from compecon.engines import bench, bench_figure, best_of
     sizes = [_whole_number(b, '--batch') for b in _names(batch)]
-    if threads: torch.set_num_threads(threads)
+    if threads is not None: torch.set_num_threads(_whole_number(str(threads), '--threads'))
     rows = read_data(data, column) if data else _demo_texts()
     named = ([('dense', dense)] if dense else []) + [('small', folder)]
     loaded = {name: load_model(m) for name, m in named}
     models, tokenizer = {k: m.float() for k, (m, _) in loaded.items()}, next(iter(loaded.values()))[1]
-    table = bench(models, tokenizer, rows, _names(engines) if engines else None, sizes, progress=True)
+    table = bench(models, tokenizer, rows, None if engines is None else _names(engines), sizes, progress=True)
     if picture: bench_figure(table).savefig(picture)
     best, alike = best_of(table), table.columns[1]
     typer.echo(f'\n{_markdown(table)}\n\n{_TIMES}. 1x16: one sequence of 16 tokens. {alike}: to the first row, on '
