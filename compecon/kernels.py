@@ -152,11 +152,26 @@ def _largest_of_rows(h, group, groups): # Of features (pairs, rows, width), over
     largest = h.new_zeros(groups, h.shape[1]).index_reduce(0, group, h.detach().abs().amax(-1), 'amax')
     return largest[group][..., None]
 
-def _up_reference(x, weight, scale, bias, group, block, activation, rows_first=False):
+def _check_open(group, block, groups, blocks):
+    "An open set that kernels refuse is refused here as well, by `RuntimeError`"
+    if any(t.ndim != 1 or t.dtype != torch.int64 for t in (group, block)):
+        raise RuntimeError('open set: groups and blocks must be vectors of int64')
+    if len(group) != len(block): raise RuntimeError(f'open set: {len(group)} groups and {len(block)} blocks')
+    if block.device.type != 'cpu': return  # to read it would be to wait for the device
+    g, b = group.numpy(), block.numpy()
+    outside = (g < 0) | (g >= groups) | (b < 0) | (b >= blocks)
+    if outside.any():
+        i = outside.argmax()
+        raise RuntimeError(f'open set: pair ({g[i]}, {b[i]}) is not one of {groups} groups and {blocks} blocks')
+    number = g*blocks + b
+    if (number[1:] <= number[:-1]).any(): raise RuntimeError('open set: pairs must rise, and these do not')
+
+def _up_reference(x, weight, scale, bias, group, block, activation, rows_first=False, checked=True):
     "`compecon::up` in torch: features of open blocks, `(pairs, rows, width)`"
     blocks, width = len(weight), weight.shape[1]*PANEL
     if x.ndim != 3 or x.shape[2] != _inputs(weight):
         raise RuntimeError(f'up: x is {tuple(x.shape)} and must be (groups, rows, {_inputs(weight)})')
+    if checked: _check_open(group, block, len(x), blocks)
     if x.shape[2]: x = _as_multiplied(x, weight, x.detach().abs().amax(-1, keepdim=True))
     if len(x) == 1:
         open_scale = None if scale is None else scale.view(blocks, width)[block]
@@ -170,10 +185,11 @@ def _up_reference(x, weight, scale, bias, group, block, activation, rows_first=F
     return h.transpose(0, 1).contiguous().transpose(0, 1) if rows_first else h.contiguous()
 
 # %% ../nbs/42_kernels.ipynb #d7c68452
-def _down_reference(h, weight, scale, bias, group, block, groups):
+def _down_reference(h, weight, scale, bias, group, block, groups, checked=True):
     "`compecon::down` in torch: what open blocks write, `(groups, rows, outputs)`"
     if h.ndim != 3 or h.shape[0] != len(block) or h.shape[2] != _inputs(weight):
         raise RuntimeError(f'down: features are {tuple(h.shape)} and must be ({len(block)}, rows, {_inputs(weight)})')
+    if checked: _check_open(group, block, groups, len(weight))
     if len(block): h = _as_multiplied(h, weight, _largest_of_rows(h, group, groups))
     if groups == 1:
         y = torch.einsum('nrw,nwo->ro', h, _unpacked(weight[block], scale, h.dtype))[None]
@@ -183,11 +199,13 @@ def _down_reference(h, weight, scale, bias, group, block, groups):
     return y if bias is None else y + bias.to(h.dtype)
 
 def _ffn_reference(x, up, up_scale, up_bias, gate, gate_scale, gate_bias, down, down_scale, down_bias,
-                   group, block, activation):
+                   group, block, activation, checked=True):
     "`compecon::ffn` in torch: a feed-forward network; `gate` is a second projection, which the activation is for (GLU)"
-    h = _up_reference(x, up, up_scale, up_bias, group, block, activation if gate is None else 0)
-    if gate is not None: h = h*_up_reference(x, gate, gate_scale, gate_bias, group, block, activation)
-    return _down_reference(h, down, down_scale, down_bias, group, block, len(x))
+    first = activation if gate is None else 0
+    h = _up_reference(x, up, up_scale, up_bias, group, block, first, checked=checked)
+    if gate is not None:
+        h = h*_up_reference(x, gate, gate_scale, gate_bias, group, block, activation, checked=checked)
+    return _down_reference(h, down, down_scale, down_bias, group, block, len(x), checked)
 
 # %% ../nbs/42_kernels.ipynb #42c0e5a2
 HEADS = -1 # The kind of a sub-layer of heads; that of an FFN is the number of its activation
@@ -274,7 +292,7 @@ def _backward_of(reference):
         with torch.enable_grad():
             inputs = [a.detach().requires_grad_() if n else a for a,n in zip(inputs, ctx.needs_input_grad)]
             wanted = [a for a,n in zip(inputs, ctx.needs_input_grad) if n]
-            found = iter(torch.autograd.grad(reference(*inputs), wanted, grad))
+            found = iter(torch.autograd.grad(reference(*inputs, checked=False), wanted, grad))
         return tuple(next(found) if n else None for n in ctx.needs_input_grad)
     return backward
 

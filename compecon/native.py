@@ -12,14 +12,18 @@ import fcntl
 import hashlib
 import os
 import platform
+import secrets
 import shlex
 import shutil
+import stat
 import subprocess
 import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -39,24 +43,70 @@ def build_once(
     folder:str|Path, # Where libraries are kept
     name:str, # The start of the library's file name
     )->tuple[Path,bool]: # The library, and whether it existed already
-    "Build a shared library, or find it; raises `BuildError` with cause and remedy"
-    source, folder, program = Path(source), Path(folder), _program(compiler)
-    library = folder/f'{name}-{_digest(source, program, flags)}.so'
-    if library.is_file(): return library, True
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(library.with_suffix('.lock'), 'w') as lock:
+    "Build a shared library, or find it whole; raises `BuildError` with cause and remedy"
+    source, program = Path(source), _program(compiler)
+    file = f'{name}-{_digest(source, program, flags)}.so'
+    with _our_folder(folder) as (folder, where):
+        library = folder/file
+        if _is_kept(file, where): return library, True
+        with open(f'{name}.lock', 'ab', opener=partial(_open, where=where)) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if library.is_file(): return library, True  # another process has built it meanwhile
-            _compile(source, program, flags, library)
-    except OSError as e:
-        raise BuildError(f'{folder} cannot be written ({e.strerror}): '
-                         'name another folder in the variable COMPECON_CACHE') from None
+            if _is_kept(file, where): return library, True  # another process has built it meanwhile
+            _compile(source, program, flags, library, name, where)
     return library, False
+
+# %% ../nbs/41_native.ipynb #41f01de2
+_ELSEWHERE = 'name another folder in the variable COMPECON_CACHE'
+
+@contextmanager
+def _our_folder(folder):
+    "Absolute path and descriptor of a folder in which only this user writes, made if missing; raises `BuildError`"
+    where, folder = None, Path(folder)
+    try:
+        folder = folder.absolute()
+        for f in (*reversed(folder.parents), folder): f.mkdir(mode=0o700, exist_ok=True)
+        where = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        if why := _why_not_ours(where):
+            raise BuildError(f'{folder} {why}: `chmod 700` it if it is yours, or {_ELSEWHERE}')
+        yield folder, where
+    except OSError as e:
+        raise BuildError(f'{folder/(e.filename or "")} cannot be used ({e.strerror}): {_ELSEWHERE}') from None
+    finally:
+        if where is not None: os.close(where)
+
+def _why_not_ours(descriptor): # What speaks against it; empty if nothing does
+    found = os.fstat(descriptor)
+    if found.st_uid != os.geteuid(): return 'belongs to another user'
+    return 'can be written by others' if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else ''
+
+def _open(name, flags, where): # In a folder; follows no link, and waits for no pipe
+    return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600, dir_fd=where)
+
+# %% ../nbs/41_native.ipynb #41f01de4
+def _sum(content): return hashlib.sha256(content).digest()
+
+_SUM = len(_sum(b'')) # Bytes
+
+def _is_whole(content): return _sum(content[:-_SUM]) == content[-_SUM:]
+
+def _open_kept(name, where): # A descriptor of a library that is ours and whole, or none
+    try: descriptor = _open(name, os.O_RDONLY, where)
+    except OSError: return None
+    if stat.S_ISREG(os.fstat(descriptor).st_mode) and not _why_not_ours(descriptor):
+        with open(descriptor, 'rb', closefd=False) as file:
+            if _is_whole(file.read()): return descriptor
+    os.close(descriptor)
+
+def _is_kept(name, where):
+    descriptor = _open_kept(name, where)
+    if descriptor is not None: os.close(descriptor)
+    return descriptor is not None
 
 # %% ../nbs/41_native.ipynb #07e649a5
 def _program(compiler): # Path and arguments, from a name with arguments
-    name, *arguments = shlex.split(compiler)
+    try: name, *arguments = shlex.split(compiler)
+    except ValueError:
+        raise BuildError(f'{compiler!r} is no command: name a compiler, as in g++, in the variable CXX') from None
     path = shutil.which(name)
     if path is None:
         raise BuildError(f'there is no compiler {name!r}: install one (Debian: `apt install g++`), '
@@ -64,7 +114,8 @@ def _program(compiler): # Path and arguments, from a name with arguments
     return [path, *arguments]
 
 def _run(program, *arguments):
-    try: return subprocess.run([*program, *arguments], capture_output=True, text=True)
+    options = dict(stdin=subprocess.DEVNULL, capture_output=True, text=True, errors='replace', umask=0o077)
+    try: return subprocess.run([*program, *arguments], **options)
     except OSError as e: raise BuildError(f'{program[0]} is no compiler: {e.strerror}') from None
 
 def _digest(source, program, flags): # Of all that a library depends on
@@ -72,16 +123,31 @@ def _digest(source, program, flags): # Of all that a library depends on
     inputs = [source.read_bytes(), program, version, platform.machine(), flags]
     return hashlib.sha1(repr(inputs).encode()).hexdigest()[:12]
 
-def _compile(source, program, flags, library):
-    part = library.with_suffix(f'.{os.getpid()}.tmp')
-    done = _run(program, str(source), *flags, '-o', str(part))
-    if done.returncode:
-        part.unlink(missing_ok=True)
-        raise BuildError(f'{" ".join(program)} failed on {source.name}: {_first_error(done.stderr)}')
-    os.replace(part, library)
+_ROOM = 2 << 20 # Bytes that a disk must hold, which is found out before a compiler has worked in vain
+
+def _compile(source, program, flags, library, name, where):
+    part = f'{name}.{secrets.token_hex(4)}.tmp'  # of a killed process, the compiler may still be writing
+    _clean(name, where)
+    try:
+        with open(part, 'xb', opener=partial(_open, where=where)) as file: file.write(bytes(_ROOM))
+        _clean(name, where)
+        done = _run(program, str(source), *flags, '-o', str(library.with_name(part)))
+        if done.returncode:
+            raise BuildError(f'{" ".join(program)} failed on {source.name}: {_first_error(done.stderr)}')
+        try: file = open(part, 'r+b', opener=partial(_open, where=where))
+        except FileNotFoundError: raise BuildError(f'{" ".join(program)} made no library of {source.name}') from None
+        with file: file.write(_sum(file.read()))
+        os.replace(part, library.name, src_dir_fd=where, dst_dir_fd=where)
+    finally: _clean(name, where)
+
+def _clean(name, where): # Of what builds have left
+    for file in os.listdir(where):
+        if file.startswith(f'{name}.') and file.endswith('.tmp'):
+            with suppress(FileNotFoundError): os.unlink(file, dir_fd=where)
 
 def _first_error(text): # Of what a compiler prints
-    return next((line for line in text.splitlines() if 'error' in line), text.strip()[-200:])
+    lines = text.strip().splitlines() or ['it says nothing']
+    return next((line for line in lines if 'error' in line or 'failed' in line), lines[0])
 
 # %% ../nbs/41_native.ipynb #7d48df38
 @dataclass(frozen=True)
@@ -144,7 +210,7 @@ def _cuda_command(variant): # Compiler and flags
     numbers = ['80', '90'] if variant == 'all' else [variant.removeprefix('sm_')]
     architectures = [f'-gencode=arch=compute_{n},code=[sm_{n},compute_{n}]' for n in numbers]
     flags = ['-O3', '-std=c++20', '-Xcompiler', '-fPIC', '-w']
-    return f'{home}/bin/nvcc' if home else 'nvcc', [*flags, *architectures, *_torch_flags()]
+    return shlex.quote(f'{home}/bin/nvcc') if home else 'nvcc', [*flags, *architectures, *_torch_flags()]
 
 def build(
     target:str='cpu', # Or 'cuda'
@@ -153,7 +219,9 @@ def build(
     )->tuple[Path,bool]: # The library, and whether it existed already
     "Build the kernels for a variant, or find them; raises `BuildError` with cause and remedy"
     compiler, flags = _cpu_command(variant) if target == 'cpu' else _cuda_command(variant)
-    return build_once(_source(target), compiler, flags, folder or cache_folder()/'native', f'{target}-{variant}')
+    try: folder = folder or cache_folder()/'native'
+    except RuntimeError as e: raise BuildError(str(e)) from None
+    return build_once(_source(target), compiler, flags, folder, f'{target}-{variant}')
 
 # %% ../nbs/41_native.ipynb #1b61ee22
 def _choice(): return os.environ.get('COMPECON_KERNELS') or 'auto'
@@ -200,19 +268,29 @@ def _find(target, wanted):
     errors = []
     for variant in wanted:
         file = _packaged(target, variant)
-        if file.is_file(): return file, 'packaged', variant
+        if file.is_file() and _is_whole(file.read_bytes()): return file, 'packaged', variant
         try: library, found = build(target, variant)
         except BuildError as e: errors.append(e)
         else: return library, 'cached' if found else 'built', variant
     raise errors[0]
+
+def _opened(library): # A path of the open file that was checked; it stays open, since loaders remember the path
+    with _our_folder(library.parent) as (_, where): descriptor = _open_kept(library.name, where)
+    if descriptor is None: raise BuildError(f'{library} was changed after it was built: {_ELSEWHERE}')
+    path = Path(f'/proc/self/fd/{descriptor}')
+    return path if path.exists() else library
 
 def _load(target):
     if target not in ('cpu', 'cuda'): return _reference(target, 'there are kernels for cpu and cuda')
     start, wanted = time.perf_counter(), _wanted(target)
     if not wanted: return _reference(target, 'COMPECON_KERNELS=torch')
     library, how, variant = _find(target, wanted)
-    try: torch.ops.load_library(library)
-    except OSError as e: raise BuildError(f'{library} does not load ({e.__cause__ or e}): remove it') from None
+    opened = library if how == 'packaged' else _opened(library)
+    try: ctypes.CDLL(str(opened))
+    except OSError as e:
+        why = str(e).removeprefix(f'{opened}: ')
+        remedy = f'remove it, name another compiler in CXX, or {_ELSEWHERE}'
+        raise BuildError(f'{library} does not load ({why}): {remedy}') from None
     return Loaded(target, variant, how, str(library), seconds=time.perf_counter() - start)
 
 # %% ../nbs/41_native.ipynb #2e2a0d54
@@ -221,10 +299,13 @@ _loaded = {}
 def load(
     target:str='cpu' # Or 'cuda'
     )->Loaded: # What runs the kernels from now on
-    "Load the native kernels, once in each process; warns where that fails, and uses the PyTorch reference"
+    """Load the native kernels, once in each process; warns where that fails, and uses the PyTorch reference
+
+    Raises `ValueError` if COMPECON_KERNELS holds an unknown word, and nothing else.
+    """
     if target in _loaded: return _loaded[target]
     try: _loaded[target] = _load(target)
-    except BuildError as e:
+    except (BuildError, OSError) as e:
         _loaded[target] = _reference(target, str(e))
         if target == 'cpu' or torch.cuda.is_available():
             warnings.warn(f'compecon works without its {target} kernels, slower and with the same results: {e}',
@@ -245,7 +326,7 @@ def prebuild(
     target = 'cuda' if variant == 'all' else 'cpu'
     library, _ = build(target, variant)
     file = _packaged(target, variant)
-    try: return Path(shutil.copy(library, file))
+    try: return Path(shutil.copyfile(library, file))
     except OSError as e: raise BuildError(f'{file.parent} cannot be written ({e.strerror})') from None
 
 # %% ../nbs/41_native.ipynb #af09e16f
