@@ -4,14 +4,23 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'EmptyLinear', 'BiasOnly', 'cut_agents', 'keep_agents', 'round_up', 'settle', 'SettledConfig',
-           'SettledQuantizer', 'clear_rounded', 'settle_vocabulary', 'check_place', 'save']
+           'SettledQuantizer', 'clear_rounded', 'settle_vocabulary', 'check_writable', 'check_place', 'lock', 'locked',
+           'sync', 'save']
 
 # %% ../nbs/11_settle.ipynb #e37d782f
 import copy
+import ctypes
+import errno
 import math
 import os
+import re
+import reprlib
+import secrets
 import shutil
 import sys
+import tempfile
+from contextlib import ExitStack, contextmanager, suppress
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
@@ -33,12 +42,21 @@ from .gates import remove_gates
 from .vocabulary import factor_vocabulary, set_rows
 
 # %% ../nbs/11_settle.ipynb #12985be4
+_repr = reprlib.Repr() # A list of millions is not repeated in an error
+_repr.maxstring = _repr.maxother = 100
+_short = _repr.repr
+
+def _named(name): # Whoever names it would have attention that calls itself, or picks from nothing
+    return (f'attn_implementation={_short(name)} is one of our own, which is not named in a configuration: '
+            "leave the entry out, or name 'sdpa' or 'eager'")
+
 def _attend(module, query, key, value, attention_mask, **kwargs):
     "Attention among picked heads, by the function that the model is set to use"
     if hasattr(module, 'kv_index'): key, value = (x.index_select(1, module.kv_index) for x in (key, value))
     if hasattr(module, 'bias_index'):
         kwargs['position_bias'] = kwargs['position_bias'].index_select(1, module.bias_index)
-    usual = module.outer_config._attn_implementation
+    usual = module.outer_config._attn_implementation if hasattr(module, 'outer_config') else 'compecon'
+    if usual == 'compecon': raise ValueError(_named(usual))
     function = ALL_ATTENTION_FUNCTIONS.get_interface(usual, module.eager_attention)
     return function(module, query, key, value, attention_mask, **kwargs)
 
@@ -170,7 +188,8 @@ def keep_agents(
     "Cut a model down to some of its agents; raises `ValueError` for agents that it does not have"
     sublayers = {s.name: s for s in find_agents(model, block_size)}
     for name, agents in kept.items():
-        if name not in sublayers: raise ValueError(f'{type(model).__name__} has no agents at {name!r}')
+        if name not in sublayers:
+            raise ValueError(f'{type(model).__name__} has no agents at {_short(name)}')
         sublayer = sublayers[name]
         _check_agents(sublayer, agents)
         keep = torch.zeros(sublayer.n, dtype=torch.bool)
@@ -179,10 +198,10 @@ def keep_agents(
     return model
 
 def _check_agents(sublayer, agents):
-    known = all(isinstance(a, int) and 0 <= a < sublayer.n for a in agents)
-    if not known or sorted(set(agents)) != list(agents):
-        shown = repr(agents) if len(agents) < 20 else f'{str(agents[:10])[:-1]}, ...]'
-        raise ValueError(f'{sublayer!r}: {shown} is not a rising list of agents, which are 0 to {sublayer.n - 1}')
+    known = len(agents) <= sublayer.n and all(type(a) is int and 0 <= a < sublayer.n for a in agents)
+    if not known or any(a >= b for a,b in zip(agents, agents[1:])):
+        raise ValueError(f'{sublayer!r}: {_short(agents)} is not a rising list of agents, '
+                         f'which are 0 to {sublayer.n - 1}')
 
 # %% ../nbs/11_settle.ipynb #3c51d0a1
 def round_up(
@@ -255,6 +274,8 @@ def _in_units(sublayer, agents, size): # Numbers of blocks that are `size` times
     return [a*size + i for a in agents for i in range(size)]
 
 # %% ../nbs/11_settle.ipynb #e580af06
+def _is_pair(x): return isinstance(x, list) and len(x) == 2 and all(type(n) is int for n in x)
+
 class SettledConfig(QuantizationConfigMixin):
     "The entry `quantization_config` of a settled model; raises `ValueError` for a description that cannot be"
     vocabulary = None
@@ -267,14 +288,17 @@ class SettledConfig(QuantizationConfigMixin):
         **_
         ):
         if format not in (2, 3, 4):
-            raise ValueError(f'this settled model has format {format!r}; this version of compecon reads 2, 3 and 4')
-        if not isinstance(kept, dict) or not all(isinstance(v, list) for v in kept.values()):
-            raise ValueError(f'a settled model must say which agents were kept: `kept` is {kept!r}')
+            raise ValueError(f'this settled model has format {_short(format)}; '
+                             'this version of compecon reads 2, 3 and 4')
+        wrong = {k: v for k,v in kept.items() if not isinstance(v, list)} if isinstance(kept, dict) else kept
+        if wrong or not isinstance(kept, dict):
+            raise ValueError(f'a settled model must say which agents were kept: `kept` is {_short(wrong)}')
         block_size = next((b for b in (block_size, block, 32) if b is not None))
-        if not isinstance(block_size, int) or block_size < 1:
-            raise ValueError(f'block_size={block_size!r} must be a whole number of neurons')
-        if vocabulary is not None and not (isinstance(vocabulary, list) and len(vocabulary) == 2):
-            raise ValueError(f'vocabulary={vocabulary!r} must be a number of rows and a number of directions')
+        if type(block_size) is not int or block_size < 1:
+            raise ValueError(f'block_size={_short(block_size)} must be a whole number of neurons')
+        if vocabulary is not None and not _is_pair(vocabulary):
+            raise ValueError(f'vocabulary={_short(vocabulary)} must be '
+                             'a number of rows and a number of directions')
         self.quant_method, self.kept, self.block_size, self.format = 'compecon', kept, block_size, 3
         if vocabulary is not None: self.vocabulary, self.format = vocabulary, 4
     def get(self, key, default=None): return getattr(self, key, default)
@@ -291,23 +315,48 @@ def _forget_empty(model): # Files of before do not have what is empty
 
 def _check_shapes(model, files):
     "Refuse weight files that are not whole, or do not fit"
-    shapes = {file: _shapes(file) for file in files or () if str(file).endswith('.safetensors')}
+    shapes = {file: _shapes(file) for file in files if str(file).endswith('.safetensors')}
     if not any(0 in shape for of_file in shapes.values() for shape in of_file.values()): _forget_empty(model)
     expected = {k: tuple(v.shape) for k,v in model.state_dict().items()}
     prefix, bare = model.base_model_prefix + '.', model.base_model is model
+    headless = not any(key.startswith(prefix) for of_file in shapes.values() for key in of_file)
     for file, of_file in shapes.items():
         for key, shape in of_file.items():
             name = next((k for k in (key, prefix + key, key.removeprefix(prefix)) if k in expected), None)
             ours = name and (bare or name.startswith(prefix))
             if ours and expected[name] != shape:
-                raise ValueError(f'{file}: {key} has shape {shape}, but with the agents that its configuration '
-                                 f'says were kept it would have {expected[name]}')
+                raise ValueError(f'{file}: {_short(key)} has shape {shape}, but with the agents that its '
+                                 f'configuration says were kept it would have {expected[name]}')
+            if not name and (headless or key.startswith(prefix)) and re.search(r'[.]\d+[.]', key):
+                raise ValueError(f'{file}: {_short(key)} is of a layer that its configuration does not have')
+
+
+# %% ../nbs/11_settle.ipynb #13cb7eba
+_LAYERS, _SHRUNK = 1000, 10_000 # More layers, and more weights for each byte that is left, nobody has
+
+def _check_config(config): # Before a model is made of it
+    for c in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        name = getattr(c, '_attn_implementation', None)
+        if str(name).startswith('compecon'): raise ValueError(_named(name))
+        for k, n in vars(c or {}).items() if c else ():
+            if 'layer' in k and type(n) is int and n > _LAYERS:
+                raise ValueError(f'{k}={_short(n)} in its configuration: there are at most {_LAYERS} layers')
+
+def _check_sizes(model, files): # Before its agents are counted
+    claimed, there = sum(p.numel() for p in model.parameters()), sum(Path(f).stat().st_size for f in files)
+    if files and claimed > _SHRUNK*there:
+        raise ValueError(f'its configuration is of a model with {claimed} weights, and its files have {there} bytes: '
+                         'it is not the configuration of these weights')
 
 class SettledQuantizer(HfQuantizer):
     "Lets transformers load settled models; not called by users"
     requires_calibration = True
+    def update_attn_implementation(self, config):
+        _check_config(config)
+        return config
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **_):
-        config = self.quantization_config
+        config, checkpoint_files = self.quantization_config, checkpoint_files or ()
+        _check_sizes(model, checkpoint_files)
         with torch.device('cpu'):  # the weights are on no device yet
             keep_agents(model, config.kept, config.block_size)
             if config.vocabulary: factor_vocabulary(model, *config.vocabulary)
@@ -371,36 +420,150 @@ def settle_vocabulary(
     return model
 
 # %% ../nbs/11_settle.ipynb #59ad77df
+_OF_MODELS = ('config.json generation_config.json model*.safetensors model.safetensors.index.json pytorch_model*.bin '
+              'pytorch_model.bin.index.json tokenizer.json tokenizer_config.json tokenizer.model vocab.json vocab.txt '
+              'merges.txt spiece.model spm.model sentencepiece.bpe.model special_tokens_map.json added_tokens.json '
+              'chat_template.jinja modules.json sentence_bert_config.json config_sentence_transformers.json '
+              '[0-9]_[A-Z]* agents.svg').split() # What `save_pretrained` writes, of a SentenceTransformer too
+
+def _is_of_model(file):
+    if file.name != 'README.md': return any(fnmatch(file.name, name) for name in _OF_MODELS)
+    try: text = file.read_text(encoding='utf-8', errors='replace')
+    except OSError: return not file.exists()  # another process saves there, too
+    return 'compecon' in text or 'sentence-transformers' in text  # a card that was written with a model
+
+def check_writable(
+    folder:str|Path # It need not exist
+    ):
+    "Raises `ValueError` for a folder that cannot be written, or cannot be made"
+    try:
+        there = next(p for p in (Path(folder).absolute(), *Path(folder).absolute().parents) if p.exists())
+        tempfile.TemporaryFile(dir=there).close()  # without a name: nothing is left if we are killed
+    except OSError as e:
+        raise ValueError(f'{folder} cannot be written ({e.strerror}): name another folder') from None
+
 def check_place(
     folder:str|Path # Where a model is going to be saved
     ):
-    "Raises `ValueError` for a place that has something else than a model in it, which would be lost"
+    "Raises `ValueError` for a place that cannot be written, or where something else than a model would be lost"
     folder = Path(folder).resolve()
     if folder.exists() and not folder.is_dir(): raise ValueError(f'{folder} is a file: name a folder')
     if folder in (Path.cwd(), *Path.cwd().parents):
         raise ValueError(f'{folder} is where this process works: name a new folder')
-    models = 'config.json', 'modules.json'
-    if folder.is_dir() and any(folder.iterdir()) and not any((folder/name).exists() for name in models):
+    if folder.is_mount(): raise ValueError(f'{folder} is a mounted disk, which cannot be replaced: name a folder in it')
+    check_writable(folder.parent)
+    with suppress(FileNotFoundError): _check_lost(folder)
+
+# %% ../nbs/11_settle.ipynb #59ad77e2
+def _check_lost(folder): # What saving there would delete
+    files, models = sorted(folder.iterdir()), ('config.json', 'modules.json')
+    if files and not any((folder/name).exists() for name in models):
         raise ValueError(f'{folder} is not empty, and what is in it is no model: name a new folder')
+    lost = next((f for f in files if not _is_of_model(f)), None)
+    if lost: raise ValueError(f'{folder} has {lost.name!r} in it, which is not of a model and would be lost: '
+                              'move it elsewhere, or name a new folder')
+
+# %% ../nbs/11_settle.ipynb #59ad77e4
+try: import fcntl
+except ImportError: fcntl = None # there is none on Windows
+
+def lock(
+    file:int, # Descriptor of an open file or folder; the lock ends when it is closed, or its process
+    wait:bool=True # Until no other process has it?
+    )->bool|None: # Is it ours? `None` where nothing can be locked
+    "Lock a file or folder against other processes that ask"
+    if fcntl is None: return None
+    try: fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError: return False
+    except OSError: return None
+    return True
+
+@contextmanager
+def locked(
+    path:str|Path, # A file or folder
+    wait:bool=True # Until no other process has it?
+    ):
+    "Within the context, what `lock` says of a path; `None` if it is gone"
+    try: file = os.open(path, os.O_RDONLY)
+    except OSError: file = None
+    try: yield None if file is None else lock(file, wait)
+    finally:
+        if file is not None: os.close(file)
+
+def sync(
+    path:str|Path # A file, or a folder: the names in it
+    ):
+    "Wait until a path is on the disk"
+    if fcntl is None and Path(path).is_dir(): return
+    file = os.open(path, os.O_RDONLY)
+    try: os.fsync(file)
+    finally: os.close(file)
+
+# %% ../nbs/11_settle.ipynb #59ad77e5
+def _beside(place): return place.with_name(f'.{place.name}.{secrets.token_hex(4)}.part')
+
+@contextmanager
+def _part(place): # A fresh folder beside a place, locked; it is gone afterwards, or at the next save there
+    with ExitStack() as stack:
+        while True:
+            part = _beside(place)
+            part.mkdir()
+            stack.callback(shutil.rmtree, part, ignore_errors=True)
+            stack.enter_context(locked(part))
+            if part.exists(): break  # or another save was quicker, and took it for a leftover
+        yield part
+
+def _clean(place): # Delete what killed saves have left
+    name = re.compile(re.escape(f'.{place.name}.') + '[0-9a-f]{8}[.]part')
+    for left in [f for f in place.parent.iterdir() if name.fullmatch(f.name)]:
+        with locked(left, wait=False) as ours:
+            if ours: shutil.rmtree(left, ignore_errors=True)
+
+def _exchange(a, b): # Swap two folders in one step: did it work?
+    try: renameat2 = ctypes.CDLL(None).renameat2
+    except (AttributeError, TypeError): return False  # a system without it
+    here, exchange = -100, 2
+    return renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
+
+def _put(part, place): # A folder into its place; what was there is at `part` then, or gone
+    try: return os.rename(part, place)
+    except OSError as e:
+        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST): raise
+    if _exchange(part, place): return
+    old = _beside(place)
+    with suppress(FileNotFoundError): os.rename(place, old)
+    _put(part, place)  # by now another save may have put its own there
+    shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/11_settle.ipynb #59ad77e0
+def _write(model, tokenizer, folder): # All of it, onto the disk
+    model.save_pretrained(folder)
+    if tokenizer is not None: tokenizer.save_pretrained(folder)
+    for place, _, files in os.walk(folder):
+        for path in (*files, '.'): sync(Path(place, path))
+
 def save(
     model:nn.Module, # A settled (or any other) Hugging Face model
     folder:str|Path, # Where; a model that is there is replaced
     tokenizer=None # Saved along if given
     )->Path: # The folder
-    "Write a model as safetensors and JSON, atomically; raises `ValueError` for gates, and as check_place does"
+    """Write a model as safetensors and JSON, in one step: a reader, or a kill, finds the model of before or this one
+
+    It is on the disk when this returns. Raises `ValueError` for gates, as check_place does, and for a full disk.
+    """
     if has_gates(model):
         raise ValueError('this model has gates, which are not saved: save what `settle(economy)` gives')
     check_place(folder)
-    folder = Path(folder)
-    part, old = (folder.with_name(folder.name + end) for end in ('.tmp', '.old'))
-    shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
-    if tokenizer is not None: tokenizer.save_pretrained(part)
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-    os.replace(part, folder)
-    shutil.rmtree(old, ignore_errors=True)
-    return folder
+    place = Path(folder).resolve()
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with _part(place) as part:
+            _write(model, tokenizer, part)
+            check_place(place)  # writing takes a while
+            _put(part, place)
+            sync(place.parent)
+        _clean(place)
+    except Exception as e:
+        if not isinstance(e, OSError | SafetensorError) and type(e) is not Exception: raise  # these are of tokenizers
+        raise ValueError(f'{folder} cannot be written: {getattr(e, "strerror", None) or e}') from e
+    return Path(folder)

@@ -10,6 +10,7 @@ __all__ = ['TASKS', 'MARKETS', 'ALL_METHODS', 'RECORDED_AS', 'load_task', 'Plan'
 import math
 import random
 from collections import Counter
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,10 +35,11 @@ from .bench import (ANY_BUDGET, HALVING, Bench, RunLog, halving_candidates, mode
                                 prepare_dense, record_run)
 from .finetune import MINILM, evaluate_all, finetune, load_dense, predict
 from .glue import GLUE, length_sorted, load_glue, tokenize
+from .loading import load_whole
 from .records import read_runs
 from ..market import AugmentedLagrangian, ClearedMarket, MeasuredMarket, AnyBudget
 from ..methods import METHODS
-from ..settle import save
+from ..settle import check_place, check_writable, locked, save
 
 # %% ../../nbs/54_experiment.ipynb #c89d4c83
 TASKS = {'agreement': AGREEMENT, **GLUE}
@@ -238,6 +240,10 @@ class _TaskTrials(_TaskTraining):
         if isinstance(self.teacher, TeacherCache): return self.teacher.logits[[x['idx'] for x,_ in samples]].cpu()
         return predict(self.dense, _numbered(samples))
 
+# %% ../../nbs/54_experiment.ipynb #58fc9a60
+def _say(text): # Once, also where a bar moves
+    if rank_and_world_size()[0] == 0: tqdm.write(text)
+
 # %% ../../nbs/54_experiment.ipynb #58fc9a61
 _MEMORY = 8e9 # Bytes that a teacher's hidden states may take
 
@@ -265,7 +271,12 @@ class ClassifierBench(_TaskTrials):
         return seconds, 3*self.flops(self.dense)*plan.dense_epochs*len(train), {}
 
     def use_dense(self, folder, record):
-        dense = AutoModelForSequenceClassification.from_pretrained(folder)
+        try: dense = load_whole(AutoModelForSequenceClassification, folder)
+        except ValueError as e:  # as after a power cut
+            _say(f'{e}. It is made again')
+            on_first(lambda: check_place(folder))
+            self.make_dense(folder)
+            dense = load_whole(AutoModelForSequenceClassification, folder)
         self.dense, self.score = dense.to(default_device()).eval(), record['score']
         self.teacher = self._cached_teacher() if self.plan.epochs and self._teacher_fits() else self.dense
 
@@ -315,12 +326,35 @@ def _check_joined():
         raise ValueError(f'{n} processes were started and not joined: each would do everything; '
                          'join them by `torch.distributed`, as experiments/glue.py does')
 
-def _check_budgets(plan, tokens): # What has no gates, or costs more than a budget, fails before anything is trained
-    model, _ = load_dense(plan.model, TASKS[plan.task])
-    floor = price_list(model, find_agents(model, plan.block_size), tokens).fixed
+
+# %% ../../nbs/54_experiment.ipynb #4f9d1b07
+def _check_model(plan, data): # Fails before anything is trained: for what it cannot read, has no gates, costs too much
+    model, _ = load_dense(plan.model, data.task)
+    _check_reading(plan, model, data)
+    floor = price_list(model, find_agents(model, plan.block_size), data.tokens).fixed
     smallest = [plan.smallest] if ANY_BUDGET in plan.methods else []
     for budget in (*plan.budgets, *smallest): flops_share(budget, floor)
 
+def _check_reading(plan, model, data):
+    x, y = max((s for split in data.samples.values() for s in split), key=lambda s: len(s[0]['input_ids']))
+    try: predict(model, _numbered([(x, y)]))
+    except (RuntimeError, IndexError) as e:
+        seen = getattr(model.config, 'max_position_embeddings', 'unknown')
+        raise ValueError(f'{plan.model} (max_position_embeddings={seen}) cannot read the longest text of {plan.task}: '
+                         f'name a model that sees {len(x["input_ids"])} tokens ({str(e).splitlines()[0]})') from e
+
+_FEWEST = {HALVING: 8} # Training samples: an eighth of them is a round
+
+def _check_samples(plan, samples):
+    for split, found in samples.items():
+        if not found: raise ValueError(f'{plan.task} has no samples for {split!r}')
+    for method in plan.methods:
+        n, least = len(samples['train']), _FEWEST.get(method, 1)
+        if n < least: raise ValueError(f'{method} needs {least} training samples, and here are {n}: use more, '
+                                       'or another method')
+
+
+# %% ../../nbs/54_experiment.ipynb #4f9d1b08
 def _steps(plan, samples, method, budget): # Of training, in batches of the dense model
     steps = math.ceil(samples/plan.bs)
     if method == 'dense': return steps*plan.dense_epochs
@@ -342,13 +376,55 @@ def _say_spellings(log, todo):
     if not any(m == 'dense' for _,m,_ in todo): return
     others = ' and '.join(map(repr, other_spellings(log)))
     if others:
-        tqdm.write(f'{log.file} has such runs with data={others}; there are none with data={log.plan.data!r}, '
-                   'so it starts anew: data is known by its spelling')
+        _say(f'{log.file} has such runs with data={others}; there are none with data={log.plan.data!r}, '
+             'so it starts anew: data is known by its spelling')
 
 def _progress(plan, samples, todo, shown):
     total = round(sum(_steps(plan, samples, m, b) for _,m,b in todo))
     said = '{desc} {percentage:3.0f}%|{bar:30}| {elapsed}, {remaining} left'
     return tqdm(total=total, disable=not shown, bar_format=said)
+
+# %% ../../nbs/54_experiment.ipynb #77c0aa18
+def _check_out(out, file): # Before anything is trained
+    for folder in (out, out/'models'): check_writable(folder)
+    try:
+        for folder in (out, out/'models'): folder.mkdir(parents=True, exist_ok=True)
+        if (out/file).exists(): open(out/file, 'ab').close()
+    except OSError as e:
+        raise ValueError(f'{e.filename} cannot be written ({e.strerror}): name another folder') from None
+
+@contextmanager
+def _alone_in(out): # Until no other process is at work there
+    with locked(out, wait=False) as free:
+        if free is not False:
+            yield
+            return
+    _say(f'another process is at work in {out}: this one begins when it is done')
+    with locked(out): yield
+
+def _folder_of(models, plan, seed, method, budget): # Of the settled model of a run
+    return model_folder(models, plan, method)/(f'seed{seed}' if method == 'dense' else f'{budget}-seed{seed}')
+
+def _check_places(models, plan, todo, keep): # Nothing of the user's is where models will be saved
+    for run in sorted({(s, 'dense', 1.) for s,*_ in todo} | set(todo if keep else ())):
+        folder = _folder_of(models, plan, *run)
+        if run[1] != 'dense' or not (folder/'config.json').is_file(): check_place(folder)
+
+def _say_gone(models, plan, done):
+    folders = [_folder_of(models, plan, *run) for run in done]
+    gone = [f.relative_to(models) for f in folders if not (f/'config.json').is_file()]
+    if gone:
+        _say(f'{len(gone)} of {len(done)} models whose runs are recorded are gone from {models}, as {gone[0]}: '
+             'to make them again, name another folder')
+
+def _begin(log, models, wanted, keep): # The runs that are left; what stands against them, or is to be known first
+    todo = log.missing(wanted)
+    seeds = {s for s,*_ in todo}
+    _check_places(models, log.plan, todo, keep)
+    _say_spellings(log, todo)
+    done = [w for w in wanted if w not in todo and (w[1] != 'dense' or w[0] not in seeds)]
+    if keep: _say_gone(models, log.plan, done)
+    return todo
 
 # %% ../../nbs/54_experiment.ipynb #77c0aa19
 def run_plan(
@@ -360,15 +436,20 @@ def run_plan(
     )->pd.DataFrame: # The plan's runs, those of earlier calls included
     """Do all runs of a plan that are not done yet, on all processes that `torch.distributed` has joined
 
-    Raises `ValueError` if some were started and not joined, and for budgets below what no agent owns."""
+    Raises `ValueError`, before anything is trained, for a folder that cannot be written, a model that cannot read the
+    data, too few samples, budgets below what no agent owns, and processes that were started and not joined."""
     _check_joined()
     out, first = Path(out), rank_and_world_size()[0] == 0
+    on_first(lambda: _check_out(out, file))
+    with _alone_in(out) if first else nullcontext(): return _run_all(plan, out, progress and first, file, keep)
+
+def _run_all(plan, out, shown, file, keep):
     log, models, wanted = RunLog(out/file, plan), out/'models', _runs(plan)
     data = read_data(plan)
-    _check_budgets(plan, data.tokens)
-    todo = on_first(lambda: log.missing(wanted))
-    if first: _say_spellings(log, todo)
-    with _progress(plan, len(data.samples['train']), todo, progress and first) as bar:
+    _check_samples(plan, data.samples)
+    _check_model(plan, data)
+    todo = on_first(lambda: _begin(log, models, wanted, keep))
+    with _progress(plan, len(data.samples['train']), todo, shown) as bar:
         for seed in sorted({s for s,*_ in todo}):
             bench = ClassifierBench(plan, seed, *data, models=models if keep else None)
             bench.bar = bar

@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import subprocess
+import warnings
 from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from scipy.stats import t as student_t
 
 from ..core import device_name, package_versions
+from ..settle import lock, sync
 
 # %% ../../nbs/50_records.ipynb #622d9ae1
 FIELDS = dict(
@@ -36,15 +38,25 @@ def append_line(
     record:dict, # Whatever JSON can hold
     path:str|Path # A file of JSON lines; made with its folders if it does not exist
     )->dict: # The same record
-    "Append a record to disk, on a line of its own even if the last one is torn"
-    path, line = Path(path), json.dumps(record)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torn = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b'\n')
-    with open(path, 'a') as f:
-        f.write(f'\n{line}\n' if torn else f'{line}\n')
-        f.flush()
-        os.fsync(f.fileno())
+    "Append a record to disk, on a line of its own even if the last one is torn; raises `ValueError` if that cannot be"
+    path, line = Path(path), json.dumps(record).encode() + b'\n'
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, 'a+b', buffering=0) as f: _append(f, line, lock(f.fileno()))
+        sync(path.parent)
+    except OSError as e: raise ValueError(f'{path} cannot be written: {e.strerror}') from e
     return record
+
+def _append(f, line, alone): # Whole, or not at all
+    end = f.seek(0, os.SEEK_END)
+    f.seek(max(end - 1, 0))
+    left = line if f.read(1) in (b'', b'\n') else b'\n' + line
+    try:
+        while left: left = left[f.write(left):]
+        os.fsync(f.fileno())
+    except BaseException:
+        if alone: f.truncate(end)
+        raise
 
 # %% ../../nbs/50_records.ipynb #4c946b0d
 def append_run(
@@ -65,15 +77,31 @@ _RENAMED = {'lottery': 'hard-concrete', 'economy': 'successive-halving', 'econom
 
 def read_runs(
     path:str|Path # A file of JSON lines; it need not exist
-    )->pd.DataFrame: # One row a run; lines that are not whole are left out
-    "All records of a file, methods by the names that they have now"
-    path, runs = Path(path), []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try: run = json.loads(line)
-        except json.JSONDecodeError: continue
-        if 'method' in run: run['method'] = _RENAMED.get(run['method'], run['method'])
-        runs.append(run)
+    )->pd.DataFrame: # One row a run
+    """All records of a file, methods by the names that they have now
+
+    Lines that are no records are left out, with a warning. Raises `ValueError` for a file that cannot be read."""
+    path, runs, bad = Path(path), [], []
+    try: lines = path.read_bytes().split(b'\n') if path.exists() else []
+    except OSError as e: raise ValueError(f'{path} cannot be read: {e.strerror}') from e
+    for number, line in enumerate(lines, 1):
+        run = _record(line)
+        if run is not None: runs.append(run)
+        elif line.strip(): bad.append(str(number))
+    if bad: warnings.warn(f'{path}: {_lines(bad)} no whole record, and left out', stacklevel=2)
     return pd.DataFrame(runs, columns=None if runs else list(FIELDS))
+
+def _record(line): # `None` for what is none
+    try: run = json.loads(line.decode('utf-8-sig'))
+    except (ValueError, RecursionError): return None
+    if not isinstance(run, dict) or not isinstance(run.get('method', ''), str): return None
+    if 'method' in run: run['method'] = _RENAMED.get(run['method'], run['method'])
+    return run
+
+def _lines(numbers): # As the start of a sentence
+    if len(numbers) == 1: return f'line {numbers[0]} is'
+    more = f' and {len(numbers) - 5} more' if len(numbers) > 5 else ''
+    return f'lines {", ".join(numbers[:5])}{more} are'
 
 # %% ../../nbs/50_records.ipynb #9be01c44
 def _commit(): # Of this package's own files, `-dirty` if they were changed since
