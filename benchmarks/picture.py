@@ -3,10 +3,10 @@
 Run:  python benchmarks/picture.py --data DATA [--budgets 0.6,0.3,0.1] [--out results]
 
 all-MiniLM as it comes, made smaller by `shrink` on 512 sentences of STS-B's training part, without labels and without
-training. OUT/picture.json has, for the dense model and for each budget, which heads and blocks are left, Spearman's correlation on STS-B (the half of validation that no choice sees), and milliseconds of a forward pass
-over 16 tokens in ONNX Runtime, int8, on one thread, the median of turns.
+training. OUT/picture.jsonl has, for the dense model and for each budget, which heads and blocks are left, Spearman's correlation
+on STS-B (the half of validation that no choice sees), and milliseconds of a forward pass over 16 tokens in ONNX
+Runtime, int8, on one thread, the median of turns.
 """
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +22,7 @@ from compecon.agents import example_inputs
 from compecon.economy import Economy
 from compecon.export import quantize_onnx, write_onnx
 from compecon.lab.finetune import MINILM, model_source
-from compecon.lab.records import provenance
+from compecon.lab.records import append_line, provenance
 from compecon.lab.scripts import read_args, script_parser
 from compecon.picture import who_is_open
 from compecon.shrink import shrink_to_all
@@ -67,13 +67,12 @@ def main():
     made = [(dense, 1., who_is_open(economy))]
     for small, report in shrink_to_all(dense, args.budgets, texts, tokenizer, progress=False):
         made.append((small, report.achieved, report.agents))
-    times, found = milliseconds([model for model, *_ in made]), []
-    for (model, achieved, agents), ms in zip(made, times):
+    times, origin = milliseconds([model for model, *_ in made]), provenance()
+    for budget, (model, achieved, agents), ms in zip((1., *args.budgets), made, times):
         score = scores(model, tokenizer, rows, {'third': HALVES['third']})['third']
-        found.append(dict(achieved=achieved, score=score, ms=ms, agents=agents.to_dict('records')))
+        append_line(dict(model=MINILM, budget=budget, achieved=achieved, score=score, ms=ms,
+                         agents=agents.to_dict('records'), **origin), Path(args.out, 'picture.jsonl'))
         print(f'{achieved:.3f}: Spearman {score:.3f}, {ms:.2f} ms, {agents.open.sum()} agents', flush=True)
-    record = dict(model=MINILM, models=found, **provenance())
-    Path(args.out, 'picture.json').write_text(json.dumps(record) + '\n')
 
 
 if __name__ == '__main__': main()

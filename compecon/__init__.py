@@ -81,8 +81,9 @@ class _Registration:
         return spec
 
     def register(self, module):
-        module.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault('compecon', _Lazy('SettledConfig'))
-        module.AUTO_QUANTIZER_MAPPING.setdefault('compecon', _Lazy('SettledQuantizer'))
+        for method in ('compecon', 'compecon (`import compecon` before loading)'):  # see compecon.settle.METHOD
+            module.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(method, _Lazy('SettledConfig'))
+            module.AUTO_QUANTIZER_MAPPING.setdefault(method, _Lazy('SettledQuantizer'))
 
     def start(self):
         if self.registry in sys.modules: self.register(sys.modules[self.registry])

@@ -13,10 +13,12 @@ import hashlib
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import pandas as pd
@@ -32,7 +34,7 @@ from ..halving import head_weight, successive_halving
 from ..importance import score_agents, sort_neurons
 from .records import append_run, now, provenance, read_runs
 from ..methods import apply_method
-from ..settle import save, settle
+from ..settle import save, settle, sync
 
 # %% ../../nbs/53b_bench.ipynb #3c81e2d9
 HALVING = 'successive-halving' # Candidates of several importance scores and head weights; the best in short trials
@@ -156,7 +158,7 @@ class RunLog:
     def runs(self)->pd.DataFrame: # One row a run
         "All runs of the plan, wanted now or earlier"
         runs = read_runs(self.file)
-        if 'plan' not in runs: return runs
+        if 'plan' not in runs: return pd.DataFrame(columns=['plan', 'method', 'seed', 'budget'])  # lines of others
         return runs[[p == self.plan.same(m) for p,m in zip(runs.plan, runs.method)]]
 
     def find(self,
@@ -341,9 +343,10 @@ def train_any_budget(
     "The checkpoint for all budgets: the bench's, or from its file, or trained now"
     if bench.family is None:
         file = bench.family_file()
-        on_disk = file is not None and on_first(file.is_file)
-        bench.family = _read_family(bench, file) if on_disk else _train_family(bench)
-        if file is not None and not on_disk: on_first(lambda: _keep_family(bench.family, file))
+        if file is not None and on_first(file.is_file): bench.family = _read_family(bench, file)
+        if bench.family is not None: return bench.family
+        bench.family = _train_family(bench)
+        if file is not None: on_first(lambda: _keep_family(bench.family, file))
     return bench.family
 
 def _train_family(bench):
@@ -356,10 +359,15 @@ def _keep_family(family, file):
     file.parent.mkdir(parents=True, exist_ok=True)
     part, economy = file.with_suffix('.part'), family.economy
     torch.save(dict(model=economy.model.state_dict(), seconds=family.seconds, flops=family.flops), part)
+    sync(part)
     part.replace(file)
+    sync(file.parent)
 
-def _read_family(bench, file):
-    kept = torch.load(file, map_location='cpu')
+def _read_family(bench, file): # `None` if it is not whole, and has to be trained again
+    try: kept = torch.load(file, map_location='cpu')
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as e:
+        warnings.warn(f'{file} is not whole ({type(e).__name__}): it is trained again')
+        return None
     model = freeze_embeddings(copy.deepcopy(bench.dense))
     economy = Economy(model, tokens=bench.tokens, block_size=bench.plan.block_size)
     economy.model.load_state_dict(kept['model'])

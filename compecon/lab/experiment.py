@@ -140,7 +140,8 @@ def _check_methods(plan):
 def _check_numbers(plan):
     for name in ('seeds', 'dense_epochs', 'bs', 'lr', 'recover_lr', 'samples', 'block_size'):
         value = getattr(plan, name)
-        if value is not None and not value > 0: raise ValueError(f'{name}={value} must be above 0')
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f'{name}={value} must be above 0, and finite')
     for name in ('first', 'hidden', 'epochs'):
         if not getattr(plan, name) >= 0: raise ValueError(f'{name}={getattr(plan, name)} must be at least 0')
 

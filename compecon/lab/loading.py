@@ -20,7 +20,8 @@ def naming(
     "Errors within become a `ValueError`, one sentence with the name"
     try: yield
     except Exception as e:
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        lines = str(e).strip().splitlines() or [type(e).__name__]
+        reason = ' '.join(line.strip() for line in lines[:2 if lines[0].endswith(':') else 1])
         raise ValueError(f'{str(name)!r} cannot be loaded: {_shortened(reason)}') from e
 
 def _shortened(text, most=300): return text if len(text) <= most else f'{text[:most]} ...'

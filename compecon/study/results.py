@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BOOK', 'Source', 'contents', 'ablations', 'perplexities', 'rises', 'plot_rises', 'fastest', 'products',
-           'engine_times', 'plot_engines', 'losses', 'plot_losses', 'plot_untrained', 'headlines', 'missing']
+           'engine_times', 'plot_engines', 'losses', 'plot_losses', 'plot_agents', 'plot_untrained', 'headlines',
+           'readme_table', 'missing']
 
 # %% ../../nbs/63_results.ipynb #b449696a
 import re
@@ -87,6 +88,7 @@ _TRAINED = [
                 f'{_NO_STEPS} repair,slimgpt --steps 60 --params 0.8,0.5')),
     Source('context.jsonl', 'do gates pay that read their input?', _all(
         f'{_CONTEXT} --task cola', f'{_CONTEXT} --task stsb --seeds 1')),
+    Source('picture.jsonl', 'what is left of a MiniLM?', 'python benchmarks/picture.py --data DATA'),
     Source('domains.jsonl', 'and where texts differ in kind?', 'python experiments/domains.py --data DATA')]
 
 # %% ../../nbs/63_results.ipynb #af6eac4f
@@ -388,6 +390,29 @@ def plot_losses(
     ax.set_xticks(ticks := [80, 60, 40, 20, 10, 5], map(str, ticks))
     return ax
 
+# %% ../../nbs/63_results.ipynb #5d12a001
+def plot_agents(
+    runs:pd.DataFrame # Records of benchmarks/picture.py
+    ): # A matplotlib figure
+    "What is left of a model at several budgets: a row a layer, heads and then neuron blocks"
+    import matplotlib.pyplot as plt
+    from compecon.picture import AGENT_COLORS, CLOSED_COLOR
+    models = runs.drop_duplicates('budget', keep='last').sort_values('budget', ascending=False)
+    figure, axes = plt.subplots(1, len(models), figsize=(10, 2.6), sharey=True)
+    for ax, model in zip(axes, models.itertuples()):
+        rows = pd.DataFrame(model.agents)
+        for layer, (_, of_layer) in enumerate(rows.groupby('layer', sort=False)):
+            marks = [(m, kind) for kind, text in zip(of_layer.kind, of_layer.agents) for m in text]
+            colors = [AGENT_COLORS[kind] if m == '#' else CLOSED_COLOR for m, kind in marks]
+            gap = [2*(kind == 'block') for _, kind in marks]
+            ax.bar([i + g for i, g in enumerate(gap)], .8, 1., layer - .4, color=colors, linewidth=0)
+        ax.set_title(f'{model.achieved:.0%} of the FLOPs', fontsize=10)
+        ax.set_xlabel(f'Spearman {model.score:.3f}\n{model.ms:.1f} ms', fontsize=9)
+        ax.set(xticks=[], yticks=range(layer + 1), frame_on=False)
+    axes[0].set_ylabel('layer', fontsize=9)
+    figure.tight_layout()
+    return figure
+
 # %% ../../nbs/63_results.ipynb #5d128caf
 def plot_untrained(
     folder:str|Path='results' # With the files of BOOK
@@ -604,6 +629,41 @@ def headlines(
     speed = _times(records('kernels')) + _engines(records('peers')) + _efficiency(records('latency'))
     claims = _claims(records('scarcity'), records('rationality'), records('faithfulness'))
     return quality + decoders + speed + claims
+
+# %% ../../nbs/63_results.ipynb #79834b31
+def _beside(table, of, largest, shown='{:+.1f}'): # The number of repair, and that of the best other with its name
+    ours = table[(table.method == 'repair') & ~table.labels]
+    others = table[table.method != 'repair']
+    best = others.loc[others[of].idxmax() if largest else others[of].idxmin()]
+    name = f'{best.method}, labels' if best.labels else best.method
+    return shown.format(ours[of].iloc[0]), f'{shown.format(best[of])} ({name})'
+
+def _classifier_row(lost, trained, task):
+    here = lost[(lost.model == 'minilm fine-tuned') & (lost.task == task) & (lost.budget == .2)]
+    ours, other = _beside(here.assign(won=-here.lost), 'won', True)
+    after = trained[(trained.task == task) & (trained.budget == .2)]
+    after = after.assign(won=100*(after.score - after.dense), labels=False)
+    ours_after, other_after = _beside(after, 'won', True)
+    return {'': f'{_TASKS[task].split(",")[0]}, 20 % of the FLOPs: points', 'shrink': ours, 'best other': other,
+            'trained': ours_after, 'best other, trained': other_after}
+
+def _decoder_row(risen):
+    here = risen[(risen.text == 'wikitext') & (risen.params == .8)]
+    here = here[~here.method.str.startswith('repair-')].assign(labels=False)
+    ours, other = _beside(here[here.steps == 0], 'rise', False, '{:+.0f} %')
+    after, other_after = _beside(here[here.steps == 60], 'rise', False, '{:+.0f} %')
+    return {'': 'SmolLM2, 80 % of the parameters: perplexity', 'shrink': ours,
+            'best other': other, 'trained': after, 'best other, trained': other_after}
+
+def readme_table(
+    folder:str|Path='results' # With the files of BOOK
+    )->str: # In Markdown
+    "What is lost on three tasks and by a decoder, without training and with, by ours and by the best other"
+    def records(name): return read_runs(Path(folder)/f'{name}.jsonl')
+    lost, trained = losses(records('shrink')), summarize(records('contest/runs'))
+    rows = [_classifier_row(lost, trained, task) for task in _TASKS]
+    rows.append(_decoder_row(rises(records('untrained'))))
+    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
 
 # %% ../../nbs/63_results.ipynb #79834b33
 def missing(
