@@ -115,6 +115,10 @@ _CLAIMED = [
     Source('faithfulness.jsonl', 'is its attention more faithful?',
            'python experiments/faithfulness.py --data DATA --task stsb,cola')]
 
+_BROKEN = [
+    Source('campaigns.jsonl', 'what fails without a word?', _all(*(
+        f'python tools/campaigns/{name}.py' for name in ('commands', 'kills', 'full_disk', 'configs', 'kernels'))))]
+
 _REPLACED = [
     Source('shrink-all-below.jsonl', 'and when a repair made up for all that was missing below?', _all(
         f'{_SHRINK} --methods repair --only headlines,images,answers-forums',
@@ -145,7 +149,7 @@ _REPLACED = [
         f'{_FIRST} --task stsb --data DATA --budgets 0.6,0.4 --seeds 3',
         f'{_FIRST} --task agreement --budgets 0.4,0.2'), '12646da to 7aafcbd')]
 
-BOOK = [*_TRAINED, *_SPEED, *_CLAIMED, *_REPLACED]
+BOOK = [*_TRAINED, *_SPEED, *_CLAIMED, *_BROKEN, *_REPLACED]
 
 # %% ../../nbs/63_results.ipynb #1d9a346c
 def contents(

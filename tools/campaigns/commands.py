@@ -9,22 +9,15 @@ is tried; with --all what was said is printed.
 """
 import argparse
 import json
-import os
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 from unittest.mock import patch
 
-os.environ['HF_HUB_OFFLINE'] = '1'
-warnings.filterwarnings('ignore')
-
 import pandas as pd
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+import common
 from compecon.agents import tiny_model
 from compecon.lab import cli, experiment
 
@@ -33,14 +26,8 @@ NUMBERS = '', 'abc', 'nan', 'inf', '-1', '0', '1e999', '0,0', '½'
 
 def save_model(folder, **config):
     "A tiny BERT with a tokenizer that knows letters"
-    vocabulary = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *'abcdefghijklmnopqrstuvwxyz.,']
-    letters = Tokenizer(models.WordPiece({t: i for i, t in enumerate(vocabulary)}, unk_token='[UNK]'))
-    letters.pre_tokenizer = pre_tokenizers.Split('', 'isolated')
-    special = {f'{name}_token': f'[{name.upper()}]' for name in ('pad', 'unk', 'cls', 'sep', 'mask')}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, model_input_names=['input_ids', 'attention_mask'],
-                                        **special)
-    tokenizer.save_pretrained(folder)
-    tiny_model('bert', **{'vocab_size': 99, **config}).save_pretrained(folder)
+    common.letters().save_pretrained(folder)
+    tiny_model('bert', **{'vocab_size': 64, **config}).save_pretrained(folder)
     return folder
 
 
@@ -164,24 +151,20 @@ def main():
     parser.add_argument('--short', action='store_true', help='every seventh')
     parser.add_argument('--all', action='store_true', help='print what was said')
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    from transformers.utils import logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     found = []
     with tempfile.TemporaryDirectory() as work:
         lines = list(command_lines(Path(work)))
         for kind, arguments in lines[::7] if args.short else lines:
             how, said = tried(arguments)
-            found.append((f'commands, {kind}', how))
+            found.append((kind, how))
             if args.all or how != 'clear':
                 shown = ' '.join(arguments).replace(work, '')
                 print(f'{how}: {shown}\n    {said.replace(work, "")}', file=sys.stderr, flush=True)
     counts = pd.DataFrame(found, columns=['campaign', 'how']).value_counts().unstack(fill_value=0)
     counts = counts.reindex(columns=['clear', 'unclear', 'late', 'wrong'], fill_value=0)
     counts.insert(0, 'tried', counts.sum(axis=1))
-    print(counts.reset_index().to_markdown(index=False))
-    if counts[['unclear', 'late', 'wrong']].values.any(): raise SystemExit(1)
+    common.report('command lines', counts.reset_index().to_dict('records'), args.short)
+    if counts[['unclear', 'late']].values.any(): raise SystemExit(1)
 
 
 if __name__ == '__main__': main()

@@ -4,6 +4,7 @@ import signal
 import time
 import traceback
 import warnings
+from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', TOKENIZERS_PARALLELISM='false', MPLBACKEND='agg')
 warnings.filterwarnings('ignore')
@@ -16,6 +17,9 @@ from transformers.utils import logging
 
 from compecon.agents import tiny_model
 from compecon.lab.loading import load_whole
+from compecon.lab.records import append_line, provenance
+
+RECORDS = Path(__file__).parents[2]/'results'/'campaigns.jsonl'
 
 torch.set_num_threads(1)
 logging.set_verbosity_error()
@@ -70,7 +74,14 @@ def _call(f, write):
     finally: os._exit(code)
 
 
-def report(rows):
-    "Print the table; exit code 1 if anything is wrong"
+def report(name, rows, short=False):
+    "Print the table, and keep it unless it is short; exit code 1 if anything is wrong"
     print(pd.DataFrame(rows).fillna(0).to_markdown(index=False, floatfmt='.0f'), flush=True)
+    if not short: keep(name, rows)
     if any(row['wrong'] for row in rows): raise SystemExit(1)
+
+
+def keep(name, rows):
+    "Append rows to the records, from which the page of results makes its table"
+    origin = provenance()
+    for row in rows: append_line(dict(of=name, **row, **origin), RECORDS)

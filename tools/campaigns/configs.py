@@ -162,7 +162,7 @@ def main():
                 shutil.rmtree(place)
             rows.append(dict(campaign=kind.replace('_', ' '), tried=tries, clear=counts['clear'],
                              wrong=counts['wrong'], unclear=counts['unclear']))
-    common.report(rows)
+    common.report('configurations', rows, args.short)
 
 
 if __name__ == '__main__': main()

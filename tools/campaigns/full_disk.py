@@ -127,7 +127,7 @@ def main():
     try:
         for name, prepare, work, most in kinds: full.on_disk(name, prepare, work, 2*most)
     except OSError as e: print(f'no small disks: {e}', file=sys.stderr)
-    common.report(full.rows)
+    common.report('full disks', full.rows, args.short)
 
 
 if __name__ == '__main__': main()

@@ -145,6 +145,14 @@ def call(library, calls, seed):
     print(made)
 
 
+def keep_rows(found):
+    "In the records, as those of other campaigns"
+    import common
+    common.keep('kernels under sanitizers', [
+        dict(campaign=row['variant'], tried=row['calls'], clear=row['calls'] - row['wrong'], wrong=row['wrong'])
+        for row in found])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--calls', type=int, default=2000, help='of each variant (2000)')
@@ -166,6 +174,7 @@ def main():
             library = build_variant(variant, [] if args.plain else SANITIZERS, Path(folder))
             found.append(run_variant(variant, library, args))
             print(pd.DataFrame(found[-1:]).to_markdown(index=False), flush=True)
+    if not args.plain: keep_rows(found)
     if any(row['wrong'] or row['calls'] < args.calls for row in found): raise SystemExit(1)
 
 

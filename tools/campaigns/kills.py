@@ -226,7 +226,7 @@ def main():
         saving(kills, args.short, args.random)
         appending(kills, args.short, args.random)
         experimenting(kills, args.frontiers)
-    common.report(kills.rows)
+    common.report('kills', kills.rows, args.short)
 
 
 if __name__ == '__main__':
