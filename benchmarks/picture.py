@@ -3,9 +3,9 @@
 Run:  python benchmarks/picture.py --data DATA [--budgets 0.6,0.3,0.1] [--out results]
 
 all-MiniLM as it comes, made smaller by `shrink` on 512 sentences of STS-B's training part, without labels and without
-training. OUT/picture.jsonl has, for the dense model and for each budget, which heads and blocks are left, Spearman's correlation
-on STS-B (the half of validation that no choice sees), and milliseconds of a forward pass over 16 tokens in ONNX
-Runtime, int8, on one thread, the median of turns.
+training. OUT/picture.jsonl has, for the dense model and for each budget, which heads and blocks are left, Spearman's
+correlation on STS-B (the half of validation that no choice sees), and milliseconds of a forward pass over 16 tokens in
+ONNX Runtime, int8, on one thread, the median of turns.
 """
 import tempfile
 import time

@@ -96,7 +96,7 @@ class BiasOnly(EmptyLinear):
         super().__init__()
         self.out_features, self.bias = width_out(projection), projection.bias
     def forward(self, x):
-        if x.requires_grad: x = x.sum(-1, keepdim=True).expand(*x.shape[:-1], self.out_features)
+        if x.requires_grad: x = x[..., :0].sum(-1, keepdim=True).expand(*x.shape[:-1], self.out_features)  # zeros
         else: x = x.new_zeros(*x.shape[:-1], self.out_features)
         return x if self.bias is None else x + self.bias
 
