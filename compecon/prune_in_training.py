@@ -24,11 +24,11 @@ def kept_indices(
     block_size:int # Neurons of a block
     )->dict[str,torch.Tensor]: # For each new parameter, by name: where its weights are in the flattened old one
     "Which weights a cut keeps"
-    ghost = copy.deepcopy(model)
+    ghost, device = copy.deepcopy(model).cpu(), next(model.parameters()).device
     for p in ghost.parameters():
         p.requires_grad_(False)
-        p.data = torch.arange(p.numel(), device=p.device).view(p.shape)
-    return {name: p.data for name,p in keep_agents(ghost, kept, block_size).named_parameters()}
+        p.data = torch.arange(p.numel(), dtype=torch.double).view(p.shape)  # exact up to 2**53
+    return {name: p.data.long().to(device) for name,p in keep_agents(ghost, kept, block_size).named_parameters()}
 
 # %% ../nbs/24_prune_in_training.ipynb #4f34f0f2
 def prune_training(

@@ -199,7 +199,8 @@ def keep_agents(
     sublayers = {s.name: s for s in find_agents(model, block_size)}
     for name, agents in kept.items():
         if name not in sublayers:
-            raise ValueError(f'{type(model).__name__} has no agents at {_short(name)}')
+            raise ValueError(f'{type(model).__name__} has no agents at {_short(name)}: layers are deleted before '
+                             'a model is settled, not after')
         sublayer = sublayers[name]
         _check_agents(sublayer, agents)
         keep = torch.zeros(sublayer.n, dtype=torch.bool)
