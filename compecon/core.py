@@ -132,11 +132,11 @@ def package_versions(
     return {p: found(p) for p in packages}
 
 def cache_folder()->Path: # COMPECON_CACHE, or ~/.cache/compecon
-    "Where latency tables and compiled kernels are kept; raises `RuntimeError` for a user without a home folder"
+    "Where latency tables and compiled kernels are kept; raises `OSError` for a user without a home folder"
     if folder := os.environ.get('COMPECON_CACHE'): return Path(folder)
     try: return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'compecon'
     except RuntimeError:
-        raise RuntimeError('this user has no home folder: name a folder in the variable COMPECON_CACHE') from None
+        raise OSError('this user has no home folder: name a folder in the variable COMPECON_CACHE') from None
 
 def rank_and_world_size()->tuple[int,int]: # Number of this process, and how many there are; (0, 1) is alone
     "Who trains together, by `torch.distributed`"

@@ -220,7 +220,7 @@ def build(
     "Build the kernels for a variant, or find them; raises `BuildError` with cause and remedy"
     compiler, flags = _cpu_command(variant) if target == 'cpu' else _cuda_command(variant)
     try: folder = folder or cache_folder()/'native'
-    except RuntimeError as e: raise BuildError(str(e)) from None
+    except OSError as e: raise BuildError(str(e)) from None
     return build_once(_source(target), compiler, flags, folder, f'{target}-{variant}')
 
 # %% ../nbs/41_native.ipynb #1b61ee22

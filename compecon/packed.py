@@ -403,11 +403,19 @@ def open_agents(
 
     A cache of keys and values belongs to the set that made it. Raises `ValueError` for a mask that does not fit.
     """
-    for state, opened in _sets_of(model, opened): state.set(opened)
+    for state, opened in _sets_of(model, opened):
+        state.set(opened)
+        _own_sets().pop(state, None)  # from here on it holds in this thread, too
     return model
 
-def choose_agents(model, opened):
-    "As `open_agents`, for the calls of this thread: a router chooses anew in each, and several threads may call"
+def choose_agents(
+    model:nn.Module, # From `pack`
+    opened:torch.Tensor # `(groups, agents)` of bool: a router's choice
+    ):
+    """As `open_agents`, for the next call of this thread alone: several threads may call one model
+
+    Raises `ValueError` for a mask that does not fit.
+    """
     for state, opened in _sets_of(model, opened): state.choose(opened)
 
 def _sets_of(model, opened): # Pairs of a state and its open set

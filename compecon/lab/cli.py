@@ -95,10 +95,10 @@ def _sentence(error, most=600):
     else: text = str(error).strip() or type(error).__name__
     return text if len(text) <= most else f'{text[:most]} ...'
 
-def _is_expected(error): return isinstance(error, _EXPECTED) or any(t in f'{error!r}' for t in _TOLD)
+def _is_expected(error, more): return isinstance(error, _EXPECTED + more) or any(t in f'{error!r}' for t in _TOLD)
 
-def _command(name, stopped='stopped'):
-    "Register a command; `stopped` is what it says after Ctrl-C"
+def _command(name, stopped='stopped', more=()):
+    "Register a command; `stopped` is what it says after Ctrl-C, `more` are other kinds of failures to be expected"
     def register(f):
         @functools.wraps(f)
         def run(*args, **kwargs):
@@ -107,7 +107,7 @@ def _command(name, stopped='stopped'):
             except typer.Exit: raise
             except KeyboardInterrupt: _stop(stopped, 130)
             except Exception as e:
-                if not _is_expected(e): raise
+                if not _is_expected(e, more): raise
                 rank = int(os.environ.get('RANK', 0))  # of processes that were started together
                 _stop(f'process {rank}: {_sentence(e)}' if rank else _sentence(e))
         return app.command(name)(run)
@@ -355,7 +355,7 @@ def evaluate_command(
 _Texts = Annotated[Optional[str], typer.Option(
     help='A file of texts (txt, csv, jsonl or parquet), or a data set on the hub. Without it, English sentences.')]
 
-@_command('export')
+@_command('export', more=(RuntimeError,))
 def export_command(
     model:Annotated[str, typer.Argument(
         help="A folder, as `compecon shrink --out` makes it, 'minilm', or a model on the hub.")],
@@ -380,7 +380,7 @@ _TIMES = "ms: the median of a few turns; ratio: to the first row, the median of 
 _EXPORTED = ('error: the largest difference from an answer of torch, as a share of the largest answer. '
              f'{_TIMES}, for one text of mean length.')
 
-@_command('bench')
+@_command('bench', more=(RuntimeError,))
 def bench_command(
     folder:Annotated[str, typer.Argument(help='A settled model, as `compecon shrink --out` makes it.')],
     dense:Annotated[Optional[str], typer.Option(help='The model that it was made from.')]=None,
@@ -411,7 +411,7 @@ def bench_command(
         typer.echo(f'{size}: {name} in {engine} is the quickest with a {alike} of at least 0.9')
 
 # %% ../../nbs/56_cli.ipynb #cf4c1afa
-@_command('kernels')
+@_command('kernels', more=(RuntimeError,))
 def kernels_command(
     prebuild:Annotated[Optional[str], typer.Option(
         help="Build 'avx2', 'avx512' or 'generic' kernels, or 'all' for CUDA, into the package, for a wheel to carry.")
