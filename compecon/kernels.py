@@ -319,7 +319,8 @@ def _register():
         torch.library.register_autograd(f'compecon::{name}', f, setup_context=setup, lib=library)
     return library
 
-_LIBRARY = None if hasattr(torch.ops.compecon, 'up') else _register()  # defined once, also if this runs again
+if not hasattr(torch.ops.compecon, 'up'):  # once in each process, however many copies of this code run in it
+    torch.ops.compecon.library = _register()
 
 # %% ../nbs/42_kernels.ipynb #b57229c2
 def _up_flops(x, weight, scale, bias, group, *_, **__): return 2*len(group)*x.shape[1]*weight[0].numel()

@@ -39,6 +39,7 @@ def _masked(scores, mask): # A mask of bool says what may be seen; another is ad
 
 # %% ../../nbs/54b_attention.ipynb #fa26e614
 _WATCHED = WeakKeyDictionary() # Modules of watched models -> _Watch
+_NAME = f'compecon_watched in {__name__}' # Another copy of this code, as in a notebook, has its own modules
 
 class _Watch: # The function that is shown the maps, the model's own attention, and the number of the next layer
     def __init__(self, see, usual): self.see, self.usual, self.layer = see, usual, 0
@@ -53,8 +54,8 @@ def _attend_watched(module, query, key, value, attention_mask, **kwargs):
     weights = (p if other is None else other).to(value.dtype)
     return (weights@_repeated(value, query.shape[1])).transpose(1, 2).contiguous(), None
 
-AttentionInterface.register('compecon_watched', _attend_watched)
-AttentionMaskInterface.register('compecon_watched', sdpa_mask)
+AttentionInterface.register(_NAME, _attend_watched)
+AttentionMaskInterface.register(_NAME, sdpa_mask)
 
 # %% ../../nbs/54b_attention.ipynb #c519b40e
 def _check_watchable(model):
@@ -85,7 +86,7 @@ def watching(
     handle = model.register_forward_pre_hook(restart)
     try:
         for m in modules: _WATCHED[m] = watch
-        for c in configs: c._attn_implementation_internal = 'compecon_watched'
+        for c in configs: c._attn_implementation_internal = _NAME
         yield
     finally:
         handle.remove()
