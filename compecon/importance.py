@@ -20,7 +20,7 @@ from .economy import Economy
 
 # %% ../nbs/30_importance.ipynb #c52ae3cd
 def random_importance(
-    economy:Economy, # Whose agents are scored
+    economy:Economy, # Its agents are scored
     seed:int=0 # Of the draw
     )->torch.Tensor: # `(agents,)`: values, in [0, 1)
     "Values at random"
@@ -29,7 +29,7 @@ def random_importance(
 
 # %% ../nbs/30_importance.ipynb #405acf85
 def magnitude(
-    economy:Economy # Whose agents are scored
+    economy:Economy # Its agents are scored
     )->torch.Tensor: # `(agents,)`: values, in mean squared weight
     "Values by the mean square of the weights with which an agent writes"
     squares = [weight_in_out(s.out_proj).square().reshape(s.n, -1) for s in economy.sublayers]
@@ -48,10 +48,10 @@ def _by_token(x, mask): # `(tokens, features)`, in single precision at least, wi
 def real_tokens(
     x:torch.Tensor, # `(batch, tokens, features)`, that a sub-layer reads or writes
     model:nn.Module, # Its model
-    sublayer:Sublayer, # Which
+    sublayer:Sublayer, # The sub-layer that reads or writes `x`
     inputs:Mapping # Of the model
     )->torch.Tensor: # `(tokens, features)`, in single precision at least
-    "Features of all tokens that are no padding"
+    "Features of all tokens that are not padding"
     mask = inputs.get(_mask_name(model, sublayer))
     return _by_token(x, None if mask is None else mask.bool())
 
@@ -80,7 +80,7 @@ def _per_compute(economy, importance): # `(agents,)`: importance per whole model
     return importance/economy.prices.costs.to(importance.device)
 
 def activation(
-    economy:Economy, # Whose agents are scored
+    economy:Economy, # Its agents are scored
     batches:Iterable[Mapping|tuple], # Inputs of the model, or pairs of inputs and labels (which are ignored)
     opened:torch.Tensor|None=None # `(agents,)`: open shares at which to look; all open if `None`
     )->torch.Tensor: # `(agents,)`: values, in shares of what a sub-layer writes per whole model of compute
@@ -96,7 +96,7 @@ def activation(
 
 # %% ../nbs/30_importance.ipynb #cdd462af
 def gate_gradients(
-    economy:Economy, # Whose gates are differentiated
+    economy:Economy, # Its gates are differentiated
     batches:Iterable[tuple[Mapping,torch.Tensor]], # Pairs of inputs and labels, as `hf_collate` makes them
     loss_func:Callable, # `loss_func(logits, labels)` gives the mean loss
     opened:torch.Tensor|None=None # `(agents,)`: open shares at which to differentiate; all open if `None`
@@ -119,7 +119,7 @@ def _sample_gradients(economy, inputs, labels, loss_func, opened): # `(batch, ag
 
 # %% ../nbs/30_importance.ipynb #51f8c3d7
 def taylor(
-    economy:Economy, # Whose agents are scored; all of them are opened for it
+    economy:Economy, # Its agents are scored; all of them are opened for it
     batches:Iterable[tuple[Mapping,torch.Tensor]], # Pairs of inputs and labels, as `hf_collate` makes them
     loss_func:Callable # `loss_func(logits, labels)` gives the mean loss
     )->torch.Tensor: # `(agents,)`: values, in loss per whole model of compute
@@ -130,7 +130,7 @@ def taylor(
 
 # %% ../nbs/30_importance.ipynb #cc24fc22
 def fisher(
-    economy:Economy, # Whose agents are scored; all of them are opened for it
+    economy:Economy, # Its agents are scored; all of them are opened for it
     batches:Iterable[tuple[Mapping,torch.Tensor]], # Pairs of inputs and labels, as `hf_collate` makes them
     loss_func:Callable # `loss_func(logits, labels)` gives the mean loss
     )->torch.Tensor: # `(agents,)`: values, in squared loss per whole model of compute
@@ -149,11 +149,11 @@ SCORES = {
 }
 
 def score_agents(
-    economy:Economy, # Whose agents are scored; its values are set
+    economy:Economy, # Its agents are scored; its values are set
     method:str, # A name in SCORES
     batches:Iterable[tuple[Mapping,torch.Tensor]]=(), # Data for the scores that look at data
-    loss_func:Callable|None=None, # `loss_func(logits, labels)` for those that look at the loss
-    seed:int=0 # For those that draw
+    loss_func:Callable|None=None, # `loss_func(logits, labels)` for the scores that look at the loss
+    seed:int=0 # For the random score
     )->torch.Tensor: # `(agents,)`: the values
     "Set an economy's values by an importance score; raises `ValueError` naming the known ones"
     if method not in SCORES: raise ValueError(f'unknown method {method!r}: there are {", ".join(SCORES)}')
@@ -165,8 +165,8 @@ def sort_neurons(
     model:nn.Module, # A Hugging Face model without gates; its neurons are re-ordered, in place
     method:str, # What scores the neurons, a name in SCORES
     batches:Iterable[tuple[Mapping,torch.Tensor]]=(), # Data for the scores that look at data
-    loss_func:Callable|None=None, # `loss_func(logits, labels)` for those that look at the loss
-    seed:int=0, # For those that draw
+    loss_func:Callable|None=None, # `loss_func(logits, labels)` for the scores that look at the loss
+    seed:int=0, # For the random score
     tokens:int|None=None # Length of sequences; the mean of the batches, or 128 without batches, if `None`
     )->nn.Module: # The same model
     "Order the neurons of every FFN from the most to the least valuable; raises `ValueError` for an unknown method"

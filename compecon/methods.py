@@ -41,7 +41,7 @@ def rearrange(
     return better
 
 # %% ../nbs/32_methods.ipynb #bf4b1f5c
-def _trade_places(values, kept): # `(agents,)`: the same values within a sub-layer, the largest for those that are kept
+def _trade_places(values, kept): # `(agents,)`: the same values within a sub-layer, the largest for the kept agents
     ranked = values.sort(descending=True).values
     n, traded = int(kept.sum()), torch.empty_like(values)
     traded[kept], traded[~kept] = ranked[:n], ranked[n:]
@@ -75,7 +75,7 @@ def _own_loss(seed): # The loss for labels drawn from a model's own predictions
     return loss
 
 def knowledge(
-    economy:Economy, # Whose agents are scored
+    economy:Economy, # Its agents are scored
     batches:Iterable[tuple[Mapping,torch.Tensor]], # Pairs of inputs and labels (which are ignored)
     opened:torch.Tensor|None=None, # `(agents,)`: open shares at which to look; all open if `None`
     representation:float=1., # Weight of what is written, relative to what is predicted
@@ -132,7 +132,7 @@ def fisher_repair(
     curves:CostCurves|None=None # As for `economy.clear`
     )->torch.Tensor: # `(agents,)`: values
     """Fisher values and least-squares repair, with the best weight of what agents write: no training.
-    Raises `ValueError` without batches or weights; the weights of the model then are what they were."""
+    Raises `ValueError` without batches or weights; the model then keeps its weights."""
     if not representation: raise ValueError('representation=(): at least one weight')
     batches = list(batches)
     aside, rest = _split(batches)
@@ -156,7 +156,7 @@ def _split(batches): # Every fourth batch to judge by, and the rest; the same fo
     if len(batches) < 4: return batches, batches
     return batches[::4], [b for i,b in enumerate(batches) if i % 4]
 
-def _shares(economy, batches, loss_func): # Values by Fisher and by activation, each in shares of all that there is
+def _shares(economy, batches, loss_func): # Values by Fisher and by activation, each as shares of its total
     fisher = score_agents(economy, 'fisher', batches, loss_func).clone()
     both = fisher, activation(economy, batches)
     return [v/(v*economy.prices.costs.to(v.device)).sum() for v in both]
@@ -202,8 +202,8 @@ def apply_method(
     method:str, # A name in METHODS
     budget:float|str|Budget, # As for `economy.clear`
     batches:Iterable[tuple[Mapping,torch.Tensor]]=(), # Data for the methods that look at data
-    loss_func:Callable|None=None, # `loss_func(logits, labels)` for those that look at the loss
-    seed:int=0, # For those that draw
+    loss_func:Callable|None=None, # `loss_func(logits, labels)` for the methods that look at the loss
+    seed:int=0, # For the methods that draw at random
     curves:CostCurves|None=None # As for `economy.clear`
     )->torch.Tensor: # `(agents,)`: the values; `economy.clear(budget, curves)` comes next
     "Set an economy's values by a method that does not train; raises `ValueError` naming the known ones"

@@ -50,7 +50,7 @@ def write_report(
     out, table = Path(out), frontier_table(runs)
     (out/'table.md').write_text(table.to_markdown(index=False) + '\n')
     table.to_csv(out/'table.csv', index=False)
-    figure = Figure(figsize=(6.5, 4))  # apart from pyplot, which would keep it
+    figure = Figure(figsize=(6.5, 4))  # without pyplot, which would keep the figure
     plot_frontier(runs, figure.subplots())
     figure.savefig(out/'frontier.png', dpi=150, bbox_inches='tight')
     return table
@@ -61,7 +61,7 @@ app = typer.Typer(
     help='Make a transformer smaller, to exactly the compute budget that is named.')
 
 def _quiet():
-    "Silence what does not concern the user of a command"
+    "Silence warnings and bars that do not concern the user of a command"
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # waiting threads sleep: on shared cores, spinning costs time
     warnings.filterwarnings('ignore')
     warnings.filterwarnings('default', category=UserWarning, module='compecon')  # our own
@@ -80,7 +80,7 @@ def _whole_number(text, option): # At least 1
 
 def _names(text): return tuple(name.strip() for name in text.split(','))
 
-def _budgets(text): # Shares of FLOPs: markets and trained methods keep no other unit
+def _budgets(text): # Shares of FLOPs: while models train, no other unit can be kept
     from compecon.core import flops_share
     shrinks = '`compecon shrink --budget` takes others'
     return tuple(flops_share(b, who='while models train,', instead=shrinks) for b in text.split(','))
@@ -169,12 +169,12 @@ def frontier_command(
     if rank == 0: typer.echo(_summary(write_report(runs, out), out))
 
 # %% ../../nbs/56_cli.ipynb #0e425ff2
-def _announcement(plan, out): # What a plan will do
+def _announcement(plan, out): # Before the runs: what the plan will do
     budgets, methods = ', '.join(f'{b:g}' for b in plan.budgets), ', '.join(plan.methods)
     return (f'{plan.model} on {plan.task}: {plan.dense_epochs} epochs dense, then {plan.epochs} '
             f'at each of the budgets {budgets} by {methods}, {plan.seeds} seed(s). Results go to {out}/')
 
-def _summary(table, out): # What it did
+def _summary(table, out): # After the runs: the table
     return (f'\n{table.to_markdown(index=False)}\n\n'
             'budget and achieved: FLOPs of the whole model, as a share of dense; '
             'latency: time relative to dense; points: hundredths of the metric.\n'
@@ -187,7 +187,7 @@ def read_file(
     file:str|Path, # txt, csv, jsonl or parquet
     column:str|None=None # Of texts, or two for pairs as in 'question,context'; found if `None`, not needed for txt
     )->list: # Texts, or rows with columns
-    "What is in a file of texts; raises `ValueError` naming the file and what is wrong"
+    "Read a file of texts; raises `ValueError` naming the file and what is wrong"
     import pandas as pd
     file = Path(file)
     readers = {'.csv': lambda f: pd.read_csv(f, dtype=str, keep_default_na=False), '.parquet': pd.read_parquet,
@@ -313,7 +313,9 @@ def _shrunk(dense, budgets, rows, tokenizer, method, samples, other, engine):
     return shrink_to_all(dense, budgets, rows, tokenizer, method=method, samples=samples, other=other,
                          engine=engine)
 
-def _shrink_table(reports): # What was asked and achieved, and how near the answers are to the dense model's
+
+# %% ../../nbs/56_cli.ipynb #56ea0002
+def _shrink_table(reports): # What was asked and achieved, and how near the outputs are to the dense model's
     import pandas as pd
     table = pd.DataFrame([_shrink_row(r) for r in reports]).to_markdown(index=False, floatfmt='.3f')
     return (f'\n{table}\n\nHow near the outputs are to the dense model\'s, on texts kept aside (distance: '
@@ -328,7 +330,7 @@ def _shrink_row(report):
     row |= {'parameters': share['million parameters'], 'time': share['milliseconds']}
     return row | {'': '█'*round(20*max(0., kept[alike]))}
 
-def _folder(report, out, methods): # Of one of several models
+def _folder(report, out, methods): # For one of several models
     name = report.asked.replace(' ', '-')
     return Path(out or '', f'{report.method}-{name}' if len(methods) > 1 else name)
 
@@ -374,12 +376,14 @@ def export_command(
     typer.echo(f'\n{_markdown(table)}\n\n{_EXPORTED}\n\nin {out}')
 
 def _markdown(table): # What was not measured is empty
-    return table.reset_index().to_markdown(index=False, floatfmt='.3g', missingval='')
+    rows = table.reset_index()
+    return rows.astype(object).where(rows.notna(), None).to_markdown(index=False, floatfmt='.3g', missingval='')
 
-_TIMES = "ms: the median of a few turns; ratio: to the first row, the median of what each turn says"
-_EXPORTED = ('error: the largest difference from an answer of torch, as a share of the largest answer. '
+_TIMES = 'ms: the median of a few turns; ratio: of time to the first row, the median over turns'
+_EXPORTED = ('error: the largest difference from an output of torch, as a share of the largest output. '
              f'{_TIMES}, for one text of mean length.')
 
+# %% ../../nbs/56_cli.ipynb #56ea0004
 @_command('bench', more=(RuntimeError,))
 def bench_command(
     folder:Annotated[str, typer.Argument(help='A settled model, as `compecon shrink --out` makes it.')],
@@ -403,12 +407,15 @@ def bench_command(
     models, tokenizer = {k: m.float() for k, (m, _) in loaded.items()}, next(iter(loaded.values()))[1]
     table = bench(models, tokenizer, rows, None if engines is None else _names(engines), sizes, progress=True)
     if picture: bench_figure(table).savefig(picture)
-    best, alike = best_of(table), table.columns[1]
-    typer.echo(f'\n{_markdown(table)}\n\n{_TIMES}. 1x16: one sequence of 16 tokens. {alike}: to the first row, on '
-               'these texts; those that a model was made with flatter it.\n')
-    if not best: typer.echo(f'none has a {alike} of at least 0.9')
+    _say_bench(table, best_of(table))
+
+def _say_bench(table, best): # The table, and the quickest engine for each size
+    alike = table.columns[1]
+    typer.echo(f'\n{_markdown(table)}\n\n{_TIMES}. 1x16: one sequence of 16 tokens. {alike}: with the first row, on '
+               'these texts; it is higher on texts that a model was made with.\n')
+    if not best: typer.echo(f'none has {alike} of at least 0.9')
     for size, (name, engine) in best.items():
-        typer.echo(f'{size}: {name} in {engine} is the quickest with a {alike} of at least 0.9')
+        typer.echo(f'{size}: {name} in {engine} is the quickest with {alike} of at least 0.9')
 
 # %% ../../nbs/56_cli.ipynb #cf4c1afa
 @_command('kernels', more=(RuntimeError,))

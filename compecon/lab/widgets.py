@@ -75,7 +75,7 @@ def price_table(
     )->pd.DataFrame: # `price`, `spend` (share of FLOPs), `flops` of a sequence, open `heads` and `blocks`, ...
     """What each price means, one row a price; raises `ValueError` for no runs, or runs of several kinds
 
-    With runs there are `score` and `latency_ratio`, too: NaN below and above all runs."""
+    With runs, the table also has `score` and `latency_ratio`: NaN below and above all runs."""
     return pd.DataFrame([_meaning(economy, price, runs) for price in prices])
 
 def _meaning(economy, price, runs): # One row
@@ -157,7 +157,7 @@ def price_html(
     price:float, # Loss per whole model of compute, at least 0
     runs:pd.DataFrame|None=None # As for price_table; without them there are no curves
     )->str: # HTML with a figure in SVG
-    "Who is open at a price, and what the records say about it"
+    "Open agents at a price, and what the records say about it"
     who, row = who_is_open(economy, price), price_table(economy, [price], runs).iloc[0]
     height = map_height(who)
     parts = [svg_map(who, 4, 30, 640 if runs is None else 400, height)]
@@ -176,10 +176,10 @@ def _frame(content, label, shown):
 
 def slider_html(
     frames:Sequence[str], # HTML of each stop
-    labels:Sequence[str], # What is written beside the slider, for each stop
-    start:int=0 # Which is shown first
+    labels:Sequence[str], # Text beside the slider, for each stop
+    start:int=0 # Number of the stop that is shown first
     )->str: # HTML that needs neither a kernel nor anything from the network
-    "A slider over things that were computed before; raises `ValueError` for a missing label, or a missing start"
+    "A slider over figures that were computed before; raises `ValueError` for a missing label, or a missing start"
     n = len(frames)
     if not 0 < n == len(labels):
         raise ValueError(f'{n} frames and {len(labels)} labels: there must be one label for each frame')
@@ -194,7 +194,7 @@ def slider_html(
 @dataclass
 class Reading:
     "How a model reads a sentence at a price"
-    tokens: list[str]          # What they are
+    tokens: list[str]          # As text
     maps: list[torch.Tensor]   # For each layer with heads `(heads, tokens, tokens)`: a row for each token that asks
     opened: list[torch.Tensor] # For each of these layers `(heads,)` of bool
     received: torch.Tensor     # `(tokens,)`: mean attention that a token gets in open heads; 0 if none is open
@@ -286,7 +286,7 @@ def sentence_html(
     text:str, # A sentence
     price:float # Loss per whole model of compute, at least 0
     )->str: # HTML
-    "A sentence as the model reads it at a price, and who is open"
+    "A sentence as the model reads it at a price, and the open agents"
     reading, who = read_sentence(economy, tokenizer, text, price), who_is_open(economy, price)
     answer = ' · '.join(f'{k} {v:.3f}' for k,v in reading.answer.items())
     most = max((len(o) for o in reading.opened), default=1)  # heads of a layer
@@ -299,7 +299,8 @@ def sentence_html(
              svg_text(430, 20, f'blocks: {open_blocks} of {all_blocks}')]
     if len(blocks): parts.append(svg_agents(blocks.agents.tolist(), 'block', 430, 30, 200, height))
     return (f'<div class="compecon-sentence"><div style="line-height:2">{_words(reading)}</div>'
-            f'<div>{html.escape(answer)}</div>{svg_figure(parts, height + 34)}</div>')
+            f'<div>{html.escape(answer)}</div>'
+            f'{svg_figure(parts, height + 34, f"attention of the open heads at price {price:.3g}")}</div>')
 
 # %% ../../nbs/55_widgets.ipynb #7fa81a3f
 def compare_methods(
@@ -355,7 +356,7 @@ def price_slider(
     return ipywidgets.SelectionSlider(options=options, value=prices[len(prices)//2], description='price',
                                       layout=ipywidgets.Layout(width='30rem'))
 
-def _live(show, inputs): # What `show()` gives, whenever an input moves; its ValueErrors are shown in its place
+def _live(show, inputs): # The result of `show()`, again whenever an input moves; a ValueError is shown as text
     out = ipywidgets.HTML()
     def update(*_):
         try: out.value = show()
@@ -370,7 +371,7 @@ def price_view(
     runs:pd.DataFrame|None=None, # As for price_table
     slider:ipywidgets.SelectionSlider|None=None # From price_slider, to share it; a new one if `None`
     )->ipywidgets.VBox: # The slider and price_html
-    "Move the price, see who is open"
+    "Move the price, see which agents are open"
     slider = slider or price_slider(economy)
     return _live(lambda: price_html(economy, slider.value, runs), [slider])
 
@@ -392,7 +393,7 @@ def _cell(name, value): # As text
     if name == 'seeds': return f'{value:.0f}'
     return f'{value:.1f}' if name.startswith('TFLOP') else f'{value:.3f}'
 
-def _frontier_picture(runs): # As the source of an image; apart from pyplot, which would show it
+def _frontier_picture(runs): # As the source of an image; without pyplot, which would show the figure
     from matplotlib.figure import Figure
     figure, file = Figure(figsize=(6.5, 4)), io.BytesIO()
     plot_frontier(runs, figure.subplots())
@@ -406,7 +407,7 @@ def _compare_html(runs, a, b): # The table, and the frontier of both
         columns[f'{budget:g}'] = {k: _cell(k, v) for k,v in row.items()}
     table = pd.DataFrame(columns).rename_axis(columns='budget').to_html(border=0)
     picture = _frontier_picture(runs[runs.method.isin([a, b, 'dense'])])
-    alt = f'{html.escape(a)} and {html.escape(b)}'
+    alt = f'quality against compute: {html.escape(a)} and {html.escape(b)}'
     return f'<div class="compecon-compare">{table}<img alt="{alt}" src="{picture}"/></div>'
 
 # %% ../../nbs/55_widgets.ipynb #3a054cef

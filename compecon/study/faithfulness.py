@@ -153,6 +153,7 @@ def _examine(model, x, mask_id, special_ids, draws, steps, rng): # One batch
     columns |= dict(gini=_concentration(maps, real, gini), entropy=_concentration(maps, real, entropy))
     return pd.DataFrame({k: _column(v) for k,v in columns.items()})
 
+# %% ../../nbs/62_faithfulness.ipynb #62ac0001
 def _check_no_decoder(maps):
     if maps and not any(p[:, :, 0, 1:].any() for p in maps):
         raise ValueError('the first token sees only itself: this is a decoder, '
