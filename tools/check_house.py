@@ -88,12 +88,13 @@ def check_package(folder):
 
 
 def check_lines(found, scripts):
-    "Exported code and scripts within 120 characters, lesson cells within 88; alt texts stand in one line, however long"
+    "Exported code and scripts within 120 characters, lesson cells within 88; an alt text is one line of any length"
     for path, cells in found:
         for cell in (c for c in cells if c['cell_type'] == 'code'):
             limit = EXPORTED if is_exported(cell) else LESSON
             for line in source(cell).split('\n'):
-                if len(line) > limit and not line.startswith('#| fig-alt'): yield f'{path}: {len(line)} characters, over {limit}: {line.strip()[:60]}...'
+                if len(line) > limit and not line.startswith('#| fig-alt'):
+                    yield f'{path}: {len(line)} characters, over {limit}: {line.strip()[:60]}...'
     for path in scripts:
         for i, line in enumerate(path.read_text(encoding='utf-8').split('\n'), 1):
             if len(line) > EXPORTED: yield f'{path}:{i} has {len(line)} characters, over {EXPORTED}'
