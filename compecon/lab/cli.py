@@ -293,11 +293,9 @@ def shrink_command(
 
 # %% ../../nbs/56_cli.ipynb #03fd618c
 def _demo_texts(): # Sentences of the language reference
-    import re
     from pydoc_data.topics import topics
-    text = ' '.join(topics[name] for name in sorted(topics))
-    sentences = {' '.join(s.split()) for s in re.split(r'(?<=[.:])\s+', text)}
-    return sorted(s for s in sentences if 40 < len(s) < 120)[::5]
+    from compecon.lab.examples import reference_sentences
+    return sorted(reference_sentences(sorted(topics)))[::5]
 
 def _check_asked(budgets, methods, engine): # Before a model is loaded
     from compecon.budget import check_engine

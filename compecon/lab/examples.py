@@ -97,7 +97,7 @@ def small_decoder(
     "A small Llama, trained on Python's language reference"
     tokenizer = _byte_pairs(' '.join(topics.values()))
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=288, num_hidden_layers=3,
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=3,
                          num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True)
     model = LlamaForCausalLM(config)
     stream = torch.tensor(tokenizer(' '.join(topics.values()))['input_ids'])
@@ -105,7 +105,7 @@ def small_decoder(
     for step in range(steps):
         starts = torch.randint(len(stream) - 64, (16,)).tolist()
         x = torch.stack([stream[i:i + 64] for i in starts])
-        for group in optimizer.param_groups: group['lr'] = 5e-3*min(1, step/20)*math.cos(math.pi/2*step/steps)
+        for group in optimizer.param_groups: group['lr'] = 3e-3*min(1, step/20)*math.cos(math.pi/2*step/steps)
         model(input_ids=x, labels=x).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -252,7 +252,7 @@ def shortgpt(
     batches:Iterable[Mapping|tuple] # Inputs, or pairs of inputs and labels
     )->float: # The budget that was achieved
     "Whole layers that turn the stream least go first (ShortGPT, arXiv 2403.03853)"
-    influence = block_influence(economy.model, batches)
+    with economy.forcing(torch.ones_like(economy.log_values)): influence = block_influence(economy.model, batches)
     return _close_layers(economy, budget, lambda opened, left: min(left, key=influence.get))
 
 def sleb(

@@ -1,7 +1,8 @@
 """`quarto`, as far as nbdev calls it. The real one is used wherever it is on the PATH; else smalldocs renders the site.
 
-Maths become MathML while rendering, so that pages need nothing from the network. Pages get the names that their front
-matter gives them as `output-file`.
+Before either renders, signatures lose what only Python's own repr wants, and notebooks that run anywhere get a link to
+Colab. With smalldocs, maths become MathML, so that pages need nothing from the network, and pages get the names that
+their front matter gives them as `output-file`.
 """
 import base64
 import html
@@ -16,7 +17,8 @@ from pathlib import Path
 import yaml
 from latex2mathml.converter import convert
 
-TEXT = '.html', '.json', '.xml', '.txt'  # where pages are named
+TEXT = '.html', '.json', '.xml', '.txt', '.md'  # where pages are named
+COLAB = 'https://colab.research.google.com/github/compecon/compecon/blob/main/nbs'
 
 
 def real_quarto():
@@ -40,6 +42,44 @@ def front_matter(notebook):
     return yaml.safe_load(found[1]) if found else {}
 
 
+def short_annotations(code):
+    "Annotations by their last name, as in `Path` for `pathlib.Path`; no type where there is none"
+    code = code.replace(':NoneType=None', '=None')
+    code = re.sub(r'\b(?:before|after)_\w+=None,?\s*', '', code)  # fastai's callbacks take a function for each event
+    return re.sub(r'\b(?!torch\.\w+\b(?!\.))(?:\w+\.)+(?=[A-Z])', '', code)
+
+
+def clean_signature(fence):
+    "The code of a documented function: short annotations, and no links within its comments"
+    lines = [line.partition('#') for line in fence.split('\n')]
+    named = [(code, mark, re.sub(r'\[(`[^`]+`)\]\([^)]+\)', r'\1', comment)) for code, mark, comment in lines]
+    return '\n'.join(short_annotations(code) + mark + comment for code, mark, comment in named)
+
+
+def clean_signatures(text):
+    "The same for all code in what show_doc wrote"
+    return re.sub(r'(?<=```python\n).*?(?=\n```)', lambda m: clean_signature(m[0]), text, flags=re.S)
+
+
+def with_colab(front, name):
+    "Front matter with a link to the notebook in Colab"
+    found = yaml.safe_load(front.strip().strip('-'))
+    found['other-links'] = [dict(text='Open in Colab', href=f'{COLAB}/{name}', icon='box-arrow-up-right')]
+    return f'---\n{yaml.safe_dump(found, sort_keys=False)}---\n'
+
+
+def prepare(notebook):
+    "Clean what documents functions; link to Colab from a notebook whose source installs the package there"
+    found = json.loads(notebook.read_text(encoding='utf-8'))
+    for output in (o for cell in found['cells'] for o in cell.get('outputs', [])):
+        data = output.get('data', {})
+        if 'text/markdown' in data: data['text/markdown'] = clean_signatures(''.join(data['text/markdown']))
+    first, source = found['cells'][0], Path('../nbs', notebook.name)
+    if source.exists() and '%pip install' in source.read_text(encoding='utf-8'):
+        first['source'] = with_colab(''.join(first['source']), notebook.name)
+    notebook.write_text(json.dumps(found), encoding='utf-8')
+
+
 def mathml(page):
     "Replace TeX by MathML in a page, and drop the renderer that it would have loaded"
     def one(match):
@@ -53,9 +93,10 @@ def rename_pages(out):
     "Give pages their `output-file`, and have everything that names them say so"
     names = {n.stem: Path(front_matter(n).get('output-file', n.stem)).stem for n in Path('.').glob('*.ipynb')}
     names = {old: new for old, new in names.items() if old != new and (out/f'{old}.html').exists()}
-    for old, new in names.items(): (out/f'{old}.html').rename(out/f'{new}.html')
+    for old, new in names.items():
+        for page in out.glob(f'{old}.*'): page.rename(out/page.name.replace(old, new, 1))
     if not names: return
-    known = re.compile(r'(?<![\w.-])(' + '|'.join(map(re.escape, names)) + r')(?=\.html)')
+    known = re.compile(r'(?<![\w.-])(' + '|'.join(map(re.escape, names)) + r')(?=\.(?:html|llms\.md)\b)')
     for file in (f for f in out.rglob('*') if f.suffix in TEXT):
         text = file.read_text(encoding='utf-8')
         file.write_text(known.sub(lambda m: names[m[1]], text), encoding='utf-8')
@@ -85,13 +126,13 @@ def render_site():
     return 0
 
 
-def output_text(output, images, name):
+def output_text(output, images, name, alt):
     "One output of a cell as GitHub's Markdown; a picture is written into a folder"
     data = output.get('data', {'text/plain': output.get('text', '')})
     data = {k: ''.join(v) for k, v in data.items() if not isinstance(v, dict)}
     if 'image/png' in data:
         (images/f'{name}.png').write_bytes(base64.b64decode(data['image/png']))
-        return f'![]({images.name}/{name}.png)'
+        return f'![{alt}]({images.name}/{name}.png)'
     if 'text/html' in data: return re.sub(r'<style.*?</style>|\n\s*', '', data['text/html'], flags=re.S)
     if 'text/markdown' in data: return data['text/markdown']
     return f'```\n{data.get("text/plain", "").rstrip()}\n```'
@@ -104,7 +145,9 @@ def cell_texts(cell, images, number):
     if cell['cell_type'] != 'code' or re.search(r'^#\|\s*(hide|include: false)', source, re.M): return []
     code = '\n'.join(line for line in source.split('\n') if not line.startswith('#|'))
     shown = [] if re.search(r'^#\|\s*echo:\s*false', source, re.M) else [f'```python\n{code}\n```']
-    return shown + [output_text(o, images, f'{number}-{i}') for i, o in enumerate(cell['outputs'])]
+    alt = re.search(r'^#\|\s*fig-alt:\s*"(.*)"', source, re.M)
+    alt = alt[1] if alt else ''
+    return shown + [output_text(o, images, f'{number}-{i}', alt) for i, o in enumerate(cell['outputs'])]
 
 
 def render_markdown(notebook, name):
@@ -120,6 +163,8 @@ def render_markdown(notebook, name):
 def main():
     quarto, args = None if 'QUARTO_STANDIN' in os.environ else real_quarto(), sys.argv[1:]
     os.environ['QUARTO_STANDIN'] = '1'  # what is found may be another stand-in, which must not look for this one
+    if args[:1] == ['render'] and '-o' not in args:
+        for notebook in Path('.').glob('*.ipynb'): prepare(notebook)
     if quarto: os.execv(quarto, [quarto, *args])
     if args[:1] == ['render'] and '-o' in args: sys.exit(render_markdown(args[1], args[args.index('-o') + 1]))
     if args[:1] == ['render']: sys.exit(render_site())
