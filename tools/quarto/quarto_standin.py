@@ -51,14 +51,26 @@ def short_annotations(code):
 
 def clean_signature(fence):
     "The code of a documented function: short annotations, and no links within its comments"
-    lines = [line.partition('#') for line in fence.split('\n')]
-    named = [(code, mark, re.sub(r'\[(`[^`]+`)\]\([^)]+\)', r'\1', comment)) for code, mark, comment in lines]
-    return '\n'.join(short_annotations(code) + mark + comment for code, mark, comment in named)
+    lines = []
+    for line in fence.split('\n'):
+        code, mark, comment = line.partition('#')
+        line = short_annotations(code) + mark + re.sub(r'\[(`[^`]+`)\]\([^)]+\)', r'\1', comment)
+        if line.strip(): lines.append(line)
+    return '\n'.join(lines).replace('(\n)', '()')
 
 
-def clean_signatures(text):
-    "The same for all code in what show_doc wrote"
-    return re.sub(r'(?<=```python\n).*?(?=\n```)', lambda m: clean_signature(m[0]), text, flags=re.S)
+def clean_text(text):
+    "Markdown with such signatures, and without nbdev's links to private names, which no page has a place for"
+    text = re.sub(r'(?<=```python\n).*?(?=\n```)', lambda m: clean_signature(m[0]), text, flags=re.S)
+    return re.sub(r'\[(`_\w+`)\]\([^)]*#_[^)]*\)', r'\1', text)
+
+
+def hidden_answer(cell):
+    "The answer of an exercise, code and output, hidden until it is opened"
+    source = re.sub(r'^#\| code-(fold|summary):.*\n', '', ''.join(cell['source']), flags=re.M)
+    before, after = '<details><summary>Answer</summary>', '</details>'
+    shown = [dict(cell_type='markdown', metadata={}, source=part) for part in (before, after)]
+    return [shown[0], cell | dict(source=source), shown[1]]
 
 
 def with_colab(front, name):
@@ -69,15 +81,21 @@ def with_colab(front, name):
 
 
 def prepare(notebook):
-    "Clean what documents functions; link to Colab from a notebook whose source installs the package there"
+    "Clean what nbdev wrote; hide answers; link to Colab from a notebook whose source installs the package there"
     found = json.loads(notebook.read_text(encoding='utf-8'))
-    for output in (o for cell in found['cells'] for o in cell.get('outputs', [])):
-        data = output.get('data', {})
-        if 'text/markdown' in data: data['text/markdown'] = clean_signatures(''.join(data['text/markdown']))
-    first, source = found['cells'][0], Path('../nbs', notebook.name)
+    cells = found['cells']
+    for data in (o.get('data', {}) for cell in cells for o in cell.get('outputs', [])):
+        if 'text/markdown' in data: data['text/markdown'] = clean_text(''.join(data['text/markdown']))
+    for cell in cells:
+        if cell['cell_type'] == 'markdown': cell['source'] = clean_text(''.join(cell['source']))
+    found['cells'] = [part for cell in cells for part in (hidden_answer(cell) if is_answer(cell) else [cell])]
+    source = Path('../nbs', notebook.name)
     if source.exists() and '%pip install' in source.read_text(encoding='utf-8'):
-        first['source'] = with_colab(''.join(first['source']), notebook.name)
+        cells[0]['source'] = with_colab(''.join(cells[0]['source']), notebook.name)
     notebook.write_text(json.dumps(found), encoding='utf-8')
+
+
+def is_answer(cell): return cell['cell_type'] == 'code' and '#| code-summary: "Answer"' in ''.join(cell['source'])
 
 
 def mathml(page):
