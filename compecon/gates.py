@@ -207,6 +207,7 @@ def remove_gates(
     return model
 
 # %% ../nbs/04_gates.ipynb #a5a6f639
+# A tensor fits into every kind of file, and its length rarely changes
 def _as_bytes(state, room): # `(bytes,)`: its length, the state itself, and zeros up to a multiple of `room`
     file = BytesIO()
     torch.save(state, file)

@@ -254,8 +254,8 @@ class MeasuredMarket(Market):
         economy.clear(self.schedule(pct))
 
 # %% ../nbs/20_market.ipynb #e2738f23
-class _ManyBudgets(MeasuredMarket):
-    "Budgets from the smallest to the largest, which are drawn, and what a run needs to draw the same again"
+class AnyBudget(MeasuredMarket):
+    "First a measured market down to the smallest budget, then training at many budgets of one nested family"
     final = False
 
     def __init__(self,
@@ -275,6 +275,10 @@ class _ManyBudgets(MeasuredMarket):
         self.rng, self.batches = random.Random(self.seed), 0
         self.needed = None # `(agents,)`: the last budget at which each agent was open, until the order is fixed
 
+    def before_evaluation(self, economy):
+        "Clear the smallest budget, so that evaluations can be compared"
+        if self.needed is None: economy.clear(self.budget)
+
     def state_dict(self):
         "What a run needs to be resumed, the state of the draws included"
         return dict(batches=self.batches, needed=self.needed, rng=self.rng.getstate())
@@ -290,13 +294,6 @@ class _ManyBudgets(MeasuredMarket):
         self.batches += 1
         between = self.budget*(self.largest/self.budget)**self.rng.random()
         return (self.budget, between, self.largest)[self.batches % 3]
-
-# %% ../nbs/20_market.ipynb #e2738f24
-class AnyBudget(_ManyBudgets):
-    "First a measured market down to the smallest budget, then training at many budgets of one nested family"
-    def before_evaluation(self, economy):
-        "Clear the smallest budget, so that evaluations can be compared"
-        if self.needed is None: economy.clear(self.budget)
 
     def update(self, economy, pct):
         "Clear the budget of the next batch with hard gates"

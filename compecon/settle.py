@@ -206,12 +206,13 @@ def keep_agents(
         keep = torch.zeros(sublayer.n, dtype=torch.bool)
         keep[list(agents)] = True
         cut_agents(sublayer, keep)
-        if sublayer.kind == 'head' and model.can_generate(): model.init_continuous_batching = _no_pages
+    lost_heads = any(sublayers[name].kind == 'head' for name in kept)
+    if lost_heads and model.can_generate(): model.init_continuous_batching = _no_pages
     return model
 
 def _no_pages(*_, **__): # In place of transformers' method
-    raise ValueError('continuous batching keeps pages of one size for all layers, and attention heads were removed from '
-                     'this model: call `generate`, or settle a model whose heads are all open')
+    raise ValueError('continuous batching keeps pages of one size for all layers, and attention heads were removed '
+                     'from this model: call `generate`, or settle a model whose heads are all open')
 
 def _check_agents(sublayer, agents):
     known = len(agents) <= sublayer.n and all(type(a) is int and 0 <= a < sublayer.n for a in agents)

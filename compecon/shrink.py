@@ -295,7 +295,7 @@ class Report:
 def _shown(report): # Words and tables
     took = ', '.join(f'{k} {v:.0f}' for k,v in report.seconds.items())
     near = (f'How near its outputs are to the dense model\'s (distance: {report.distance}; new tokens: share of '
-            'tokens that were not in the texts for the repair')
+            'tokens that were not in the texts that were used')
     if report.other is not None: near += '; unlikeness: 1 means like the texts kept aside'
     return [f'{report.model}, {report.head}, by the method {report.method}: asked for {report.asked}, '
             f'achieved {_number(report.achieved)}. Seconds: {took}. FLOPs and milliseconds are for one '

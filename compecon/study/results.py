@@ -245,10 +245,6 @@ def rises(
         seconds=('seconds', 'median'), megabytes=('megabytes', 'median')).reset_index()
     return table.assign(half=half_interval(table.sd, table.seeds))
 
-def _shown_rise(row):
-    spread = f' ± {row.half:.0f}' if row.seeds > 1 else ''
-    return f'{row.rise:+.0f}{spread} ({row.seeds})'
-
 _COLOURS = dict(repair='C3', slimgpt='C0', osscar='C1', grail='C2', wanda_sp='C4', flap='C5', shortgpt='C6',
                 kprune='C7', kwon='C8', fisher='C9')
 

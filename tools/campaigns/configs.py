@@ -93,7 +93,7 @@ class Lies:
         return dict(config={**self.config, name: value}), f'{name}={value!r:.60}'
 
     def of_names(self):
-        name, value = self.rng.choice(NAMES), self.rng.choice(['compecon', 'compecon_watched', 'compecon_new'])
+        name, value = self.rng.choice(NAMES), self.rng.choice(['compecon', 'compecon_watched_1', 'compecon_new'])
         return dict(config={**self.config, name: value}), f'{name}={value}'
 
     def torn(self):
