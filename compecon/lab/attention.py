@@ -39,7 +39,7 @@ def _masked(scores, mask): # A mask of bool is true where a key may be seen; a f
 
 # %% ../../nbs/54b_attention.ipynb #fa26e614
 _WATCHED = WeakKeyDictionary() # Modules of watched models -> _Watch
-_NAME = f'compecon_watched in {__name__}' # Another copy of this code, as in a notebook, watches modules of its own
+_NAME = f'compecon_watched_{id(_WATCHED)}' # Another copy of this code, as in a notebook, watches modules of its own
 
 class _Watch: # The function that gets the maps, the model's own attention, and the number of the next layer
     def __init__(self, see, usual): self.see, self.usual, self.layer = see, usual, 0
