@@ -110,12 +110,32 @@ def read_latency_table(
     )->LatencyTable: # As it was measured
     "Read a latency table; raises `ValueError` naming the differences if it was measured in another setting"
     try: table = LatencyTable(**json.loads(Path(file).read_text()))
-    except (json.JSONDecodeError, TypeError) as e: raise ValueError(f'{file} is not a latency table: {e}') from None
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as e:
+        raise ValueError(f'{file} is not a latency table: {e}') from None
+    if fault := _fault(table): raise ValueError(f'{file} is not a latency table: {fault}. Delete it, and measure again')
     differs = [f'{k} {table.made.get(k)!r} and not {v!r}' for k,v in (made or {}).items() if table.made.get(k) != v]
     if differs:
         raise ValueError(f'{file} was measured with {"; ".join(differs)}. '
                          'Measure again, or read it without `made` to use it nevertheless')
     return table
+
+def _are_times(values): return all(type(t) in (int, float) and 0 <= t < math.inf for t in values)
+
+def _is_curve(pairs): # Numbers of agents, rising from 0, each with a time
+    whole = isinstance(pairs, list) and len(pairs) > 1 and all(isinstance(p, list) and len(p) == 2 for p in pairs)
+    if not whole: return False
+    numbers, times = zip(*pairs)
+    rising = numbers[0] == 0 and all(type(b) is int and a < b for a, b in zip(numbers, numbers[1:]))
+    return rising and _are_times(times)
+
+def _fault(table): # What cannot be in it, or `None`
+    if not isinstance(table.made, dict): return '`made` is no dictionary'
+    if not _are_times([table.fixed, table.dense, table.spread]): return '`fixed`, `dense` or `spread` is no time'
+    both = table.sums, table.wholes
+    if not all(isinstance(x, list) and _are_times(x) for x in both) or len(table.sums) != len(table.wholes):
+        return '`sums` and `wholes` are not as many times'
+    curves = table.points.values() if isinstance(table.points, dict) else [None]
+    if not all(map(_is_curve, curves)): return '`points` are not pairs of a rising number of agents and a time'
 
 # %% ../nbs/13_budget.ipynb #83b9b636
 def _sized(model, kept, block_size): # A copy cut to `kept`, which shares all other weights
