@@ -1,4 +1,4 @@
-"""Make a transformer smaller, to exactly the budget that is named.
+"""Make a transformer smaller, to a budget that you name.
 
 Names are loaded when they are first used, so that `import compecon` takes no time. It also teaches transformers to load
 settled models, as soon as transformers is there.

@@ -63,7 +63,7 @@ def check_imports(found):
     "A notebook imports from lower numbers only; the core from neither lab nor study, lab not from study"
     owner = {module_of(cells): path for path, cells in found if module_of(cells)}
     for path, cells in found:
-        if number(path)[0] == 0: continue  # the tour shows what the others make
+        if number(path)[0] == 0: continue  # the tour and the recipes show what the others make
         mine = module_of(cells)
         for cell in (c for c in cells if c['cell_type'] == 'code'):
             for name in imported(source(cell)):

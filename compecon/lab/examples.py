@@ -66,6 +66,7 @@ def _quietly(): # Without transformers' notes on the new head, and on the layers
         logging.set_verbosity(level)
         if bar: logging.enable_progress_bar()
 
+# %% ../../nbs/54e_examples.ipynb #e54e0013
 def encode(
     tokenizer, # Of the model
     rows:Sequence[dict] # As of labelled_sentences
@@ -74,6 +75,7 @@ def encode(
     labels = torch.tensor([r['label'] for r in rows])
     return dict(tokenizer([r['text'] for r in rows], padding=True, return_tensors='pt'), labels=labels)
 
+# %% ../../nbs/54e_examples.ipynb #e54e0014
 def train(
     model:nn.Module, # Changed in place
     tokenizer, # Its tokenizer
