@@ -1,7 +1,7 @@
 """`quarto`, as far as nbdev calls it. The real one is used wherever it is on the PATH; else smalldocs renders the site.
 
-Before either renders, signatures lose what only Python's own repr wants, and notebooks that run anywhere get a link to
-Colab. With smalldocs, maths become MathML, so that pages need nothing from the network, and pages get the names that
+Before either renders, signatures lose what only Python's own repr wants and what the code beneath them repeats, and
+notebooks that run anywhere get a link to Colab. With smalldocs, maths become MathML, so that pages need nothing from the network, and pages get the names that
 their front matter gives them as `output-file`.
 """
 import base64
@@ -65,6 +65,16 @@ def clean_text(text):
     return re.sub(r'\[(`_\w+`)\]\([^)]*#_[^)]*\)', r'\1', text)
 
 
+def say_once(cells):
+    "Where a function's code is shown with its heading, the heading does not repeat the signature and the docstring"
+    for doc, code in zip(cells, cells[1:]):
+        named = re.search(r'^show_doc\((?:\w+\.)*(\w+)', ''.join(doc['source']), re.M)
+        if not named or code['cell_type'] != 'code': continue
+        if not re.search(rf'^\s*(?:def|class) {named[1]}\b', ''.join(code['source']), re.M): continue
+        for data in (o['data'] for o in doc['outputs'] if 'text/markdown' in o.get('data', {})):
+            data['text/markdown'] = ''.join(data['text/markdown']).partition('```python')[0]
+
+
 def hidden_answer(cell):
     "The answer of an exercise, code and output, hidden until it is opened"
     source = re.sub(r'^#\| code-(fold|summary):.*\n', '', ''.join(cell['source']), flags=re.M)
@@ -88,6 +98,7 @@ def prepare(notebook):
         if 'text/markdown' in data: data['text/markdown'] = clean_text(''.join(data['text/markdown']))
     for cell in cells:
         if cell['cell_type'] == 'markdown': cell['source'] = clean_text(''.join(cell['source']))
+    say_once(cells)
     found['cells'] = [part for cell in cells for part in (hidden_answer(cell) if is_answer(cell) else [cell])]
     source = Path('../nbs', notebook.name)
     if source.exists() and '%pip install' in source.read_text(encoding='utf-8'):
