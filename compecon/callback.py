@@ -18,14 +18,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import torch.distributed as dist
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import Learner, LRFinder
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import ValueMetric
-from fastai.torch_core import apply
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -291,7 +289,11 @@ class Distill(Callback):
         out = getattr(self.learn, 'model_output', self.pred)
         self.learn.loss_grad = self.distillation.loss(self.learn.loss_grad, out, self.xb[0], states, average)
 
-# %% ../nbs/22_callback.ipynb #db5a6f25
+# %% ../nbs/22a_real_runs.ipynb #cedc9e1b
+import torch.distributed as dist
+from fastai.torch_core import apply
+
+# %% ../nbs/22a_real_runs.ipynb #db5a6f25
 class Parallel(Callback):
     "Trains on a process's part of each batch, and steps as one process would; raises `ValueError` if shapes differ"
     order, run_valid = MixedPrecision.order - 1, False

@@ -301,7 +301,7 @@ def repair(
     if not 0 <= below <= 1: raise ValueError(f'below={below} must be a share, from 0 to 1')
     fit_projections(economy, batches, partial(_refit, ridge=ridge, below=below), choose)
 
-# %% ../nbs/31_repair.ipynb #e9dc5bf6
+# %% ../nbs/32_methods.ipynb #e9dc5bf6
 def _scales(sublayer, kept, sums, damping): # One factor for each kept agent
     weight, bias = weight_in_out(sublayer.out_proj)[kept].double(), sublayer.out_proj.bias
     _, x, _, gram, cross = sums

@@ -6,7 +6,6 @@
 __all__ = ['Router', 'ContextualEconomy', 'presence', 'ContextualMarket', 'spread', 'calibrate', 'pack_router']
 
 # %% ../nbs/44_router.ipynb #06814157
-import copy
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -21,9 +20,8 @@ from .core import Budget, flops_share, model_inputs
 from .cost import check_price
 from .curves import CostCurves
 from .economy import Economy
-from .gates import AnnealedGate, Gate, remove_gates
+from .gates import AnnealedGate, Gate
 from .market import ClearedMarket, clear_softly
-from .packed import choose_agents, pack
 
 # %% ../nbs/44_router.ipynb #9dceb1a5
 class Router(nn.Module):
@@ -244,7 +242,16 @@ def _spread(economy):
     return dict(mean=s.mean().item(), std=s.std(unbiased=False).item(), min=s.min().item(), max=s.max().item(),
                 sequences=len(s), sets=len(sets))
 
-# %% ../nbs/44_router.ipynb #8b0e9eef
+# %% ../nbs/44a_served_router.ipynb #9642da67
+import copy
+
+import torch
+from torch import nn
+
+from .gates import remove_gates
+from .packed import choose_agents, pack
+
+# %% ../nbs/44a_served_router.ipynb #8b0e9eef
 def pack_router(
     economy:ContextualEconomy, # Its gates must be hard; it is left as it is
     dtype:torch.dtype|None=None # Type of the packed weights, see compecon.packed.pack

@@ -1,8 +1,8 @@
 """`quarto`, as far as nbdev calls it. The real one is used wherever it is on the PATH; else smalldocs renders the site.
 
 Before either renders, signatures lose what only Python's own repr wants and what the code beneath them repeats, and
-notebooks that run anywhere get a link to Colab. With smalldocs, maths become MathML, so that pages need nothing from the network, and pages get the names that
-their front matter gives them as `output-file`.
+notebooks that run anywhere get a link to Colab. With smalldocs, maths become MathML, so that pages need nothing from
+the network, and pages get the names that their front matter gives them as `output-file`.
 """
 import base64
 import html
