@@ -275,7 +275,7 @@ def _words(reading): # Each with the attention that it gets, as its colour and a
     style = 'padding:.15em .3em;border-radius:.2em'
     spans = []
     for token, s, r in zip(reading.tokens, share.tolist(), reading.received.tolist()):
-        color = f'background:rgba(31,119,180,{0.75*s:.2f})'
+        color = f'background:rgba(31,119,180,{0.5*s:.2f})'
         spans.append(f'<span style="{color};{style}" title="{r:.3f}">{html.escape(token)}</span>')
     return ' '.join(spans)
 
