@@ -273,7 +273,7 @@ def _draw(table, of, methods, ax, **axes): # A labelled line for each method: wh
 
 def label_ends(
     ax, # Axes whose limits are set
-    ends:Sequence[tuple[float,float,str,dict]], # For each line: x and y of its last point, its name, and how to write it
+    ends:Sequence[tuple[float,float,str,dict]], # Of each line: x and y of its last point, its name, how to write it
     apart:float=9. # Points between two names
     ):
     "Write names beside the ends of lines, none on another"
