@@ -184,7 +184,9 @@ def render_markdown(notebook, name):
     out = output_folder()
     images = out/f'{Path(notebook).stem}_files'
     images.mkdir(parents=True, exist_ok=True)
-    parts = [part for n, cell in enumerate(cells_of(notebook)) for part in cell_texts(cell, images, n)]
+    title = front_matter(notebook).get('title')
+    parts = [f'# {title}'] if title else []
+    parts += [part for n, cell in enumerate(cells_of(notebook)) for part in cell_texts(cell, images, n)]
     (out/name).write_text('\n\n'.join(p for p in parts if p.strip()) + '\n', encoding='utf-8')
     return 0
 
