@@ -178,8 +178,9 @@ class Budget:
             raise ValueError(f"budget={_short(budget)}: unknown unit {unit!r}, there are {', '.join(UNITS)}")
         if not 0 < amount < math.inf or amount > 1 and unit in _SHARES:
             most = ', at most 1' if unit in _SHARES else ''
+            percent = f'; {amount:g} % are {amount/100:g}' if unit in _SHARES and 2 <= amount <= 100 else ''
             raise ValueError(f"budget={_short(budget)}: it takes an amount above 0 and a unit, as in 0.6, '8 ms', "
-                             f"'0.5 latency' or '30e6 params' ({unit}: {UNITS[unit]}{most})")
+                             f"'0.5 latency' or '30e6 params' ({unit}: {UNITS[unit]}{most}{percent})")
         object.__setattr__(self, 'amount', amount)
         object.__setattr__(self, 'unit', unit)
 

@@ -44,7 +44,8 @@ def read_texts(
     full = [t for t in texts if any(p.strip() for p in (t if isinstance(t, tuple) else (t,)))]
     texts = list(dict.fromkeys(full))
     if len(texts) < 8:
-        raise ValueError(f'{len(texts)} texts that differ and are not empty: 8 at least, better hundreds')
+        raise ValueError(f'{len(texts)} texts that differ and are not empty: 8 at least are needed, better hundreds '
+                         '(each line of a .txt file is a text)')
     return texts
 
 # %% ../nbs/32d_texts.ipynb #dda96b97b
@@ -62,7 +63,8 @@ def find_columns(
     if names is None: names = next((n for n in _KNOWN_COLUMNS if set(n) <= set(rows[0])), None)
     if names is None:
         names = tuple(k for k in rows[0] if any(isinstance(r.get(k), str) for r in rows[:100]))
-        if len(names) != 1: raise ValueError(f'which column has the texts? There are {has}. Name one by `column=`')
+        if len(names) != 1:
+            raise ValueError(f'which column has the texts? There are {has}. Name one by `column=` (in a shell --column)')
     for name in names:
         if name not in rows[0]: raise ValueError(f'no column {name!r}: there are {has}')
     return tuple(names)

@@ -58,11 +58,10 @@ def write_report(
 # %% ../../nbs/56_cli.ipynb #5a8c6f90
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
-    help='Make a transformer smaller, to exactly the compute budget that is named.')
+    help='Make a transformer smaller, to a budget that you name and never above it.')
 
 def _quiet():
     "Silence warnings and bars that do not concern the user of a command"
-    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # waiting threads sleep: on shared cores, spinning costs time
     warnings.filterwarnings('ignore')
     warnings.filterwarnings('default', category=UserWarning, module='compecon')  # our own
     warnings.showwarning = lambda message, *_, **__: typer.echo(f'compecon: {message}', err=True)
@@ -409,7 +408,7 @@ def bench_command(
 
 def _say_bench(table, best): # The table, and the quickest engine for each size
     alike = table.columns[1]
-    typer.echo(f'\n{_markdown(table)}\n\n{_TIMES}. 1x16: one sequence of 16 tokens. {alike}: with the first row, on '
+    typer.echo(f'\n{_markdown(table)}\n\n{_TIMES}. Sizes are sequences x tokens. {alike}: with the first row, on '
                'these texts; it is higher on texts that a model was made with.\n')
     if not best: typer.echo(f'none has {alike} of at least 0.9')
     for size, (name, engine) in best.items():

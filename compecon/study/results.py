@@ -73,6 +73,7 @@ _TRAINED = [
         f'{_SHRINK} --task stsb --methods {_LABELS}',
         f'{_SHRINK} --task cola --methods {_LABELS}',
         f'{_SHRINK} --task mnli --methods repair,fisher,repair:labels,taylor:labels --budgets 0.6,0.4 --seeds 1',
+        f'{_SHRINK} --task mnli --methods grail,osscar,slimgpt,kprune:labels --budgets 0.4,0.2 --seeds 2',
         f'{_SHRINK} --task wikitext --methods repair,fisher,optipfair --budgets 0.8 --seeds 1')),
     Source('shrink/runs.jsonl', 'which fine-tuned models does it start from there?', _all(
         f'{_SHRINK} --task stsb', f'{_SHRINK} --task cola', f'{_SHRINK} --task mnli')),
