@@ -64,7 +64,7 @@ def find_columns(
     if names is None:
         names = tuple(k for k in rows[0] if any(isinstance(r.get(k), str) for r in rows[:100]))
         if len(names) != 1:
-            raise ValueError(f'which column has the texts? There are {has}. Name one by `column=` (in a shell --column)')
+            raise ValueError(f'which column has the texts? There are {has}. Name it: `column=`, in a shell --column')
     for name in names:
         if name not in rows[0]: raise ValueError(f'no column {name!r}: there are {has}')
     return tuple(names)
