@@ -179,13 +179,13 @@ class ClearedMarket(Market):
         if pct < self.warmup: economy.price = 0
         else: clear_softly(economy, self.schedule(pct))
 
-# %% ../nbs/20b_more_markets.ipynb #6d8933a0
+# %% ../nbs/20a_more_markets.ipynb #6d8933a0
 import random
 
 from .core import weight_in_out
 from .gates import ReLUGate
 
-# %% ../nbs/20b_more_markets.ipynb #724c4091
+# %% ../nbs/20a_more_markets.ipynb #724c4091
 class AugmentedLagrangian(Market):
     "A budget kept by a multiplier that grows with overspending, and by a quadratic charge (as in CoFi, and in DDP)"
     learned, state = True, ('multiplier', 'target')
@@ -224,7 +224,7 @@ class AugmentedLagrangian(Market):
         over = _expected_spend(economy) - self.target
         return loss + self.multiplier*over + self.weight*over.square()
 
-# %% ../nbs/20b_more_markets.ipynb #724c4092
+# %% ../nbs/20a_more_markets.ipynb #724c4092
 def fold_gates(
     economy:Economy # With soft gates; output projections of its model are changed
     ):
@@ -235,7 +235,7 @@ def fold_gates(
             factor = torch.where(z > 0, z, 1.).repeat_interleave(sublayer.width)
             weight_in_out(sublayer.out_proj).mul_(factor[:, None])
 
-# %% ../nbs/20b_more_markets.ipynb #ad1cf381
+# %% ../nbs/20a_more_markets.ipynb #ad1cf381
 class MeasuredMarket(Market):
     "A budget kept exactly at every step, among agents whose values are measured: a running mean of marginal values"
     memory = 0.98
@@ -258,7 +258,7 @@ class MeasuredMarket(Market):
         "Clear the budget of the next batch with hard gates"
         economy.clear(self.schedule(pct))
 
-# %% ../nbs/20b_more_markets.ipynb #e2738f23
+# %% ../nbs/20a_more_markets.ipynb #e2738f23
 class AnyBudget(MeasuredMarket):
     "First a measured market down to the smallest budget, then training at many budgets of one nested family"
     final = False

@@ -25,7 +25,7 @@ def notebooks(folder):
 
 
 def number(path):
-    "Its place in the order: '20a_training' comes after '20_market'"
+    "Its place in the order: '20b_training' comes after '20_market'"
     found = re.match(r'(\d\d)([a-z]?)_', path.name)
     return int(found[1]), found[2]
 
@@ -57,6 +57,32 @@ def imported(code):
         if isinstance(node, ast.Import):
             yield from (a.name.removeprefix('compecon').removeprefix('.') for a in node.names
                         if a.name.split('.')[0] == 'compecon')
+
+
+def second_pages(found):
+    "Names that a notebook adds to a module that another one begins: by module and name, the notebook"
+    added = {}
+    for path, cells in found:
+        for cell in cells:
+            module = re.search(r'^#\|\s*exports?[ \t]+(\S+)', source(cell), re.M)
+            if not module: continue
+            names = (getattr(node, 'name', None) for node in ast.parse(source(cell)).body)
+            added |= {(module[1], name): path for name in names if name}
+    return added
+
+
+def check_second_pages(found):
+    "What a second page adds to a module is not imported before it, but by the module's own first page"
+    added = second_pages(found)
+    for path, cells in found:
+        if number(path)[0] == 0: continue
+        for cell in (c for c in cells if c['cell_type'] == 'code'):
+            tree = ast.parse(re.sub(r'^\s*[%!].*$', '', source(cell), flags=re.M))
+            for node in (n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)):
+                module = (node.module or '').removeprefix('compecon.')
+                for alias in node.names if module != module_of(cells) else []:
+                    page = added.get((module, alias.name), path)
+                    if number(page) > number(path): yield f'{path} imports {alias.name} of the later {page.name}'
 
 
 def check_imports(found):
@@ -155,8 +181,8 @@ def main():
     folders = 'experiments', 'benchmarks', 'tools', 'tools/quarto', '.'
     scripts = [p for folder in folders for p in sorted(Path(folder).glob('*.py'))]
     config = yaml.safe_load(Path('_quarto.yml').read_text(encoding='utf-8'))
-    wrong = [*check_imports(found), *check_package(Path('compecon')), *check_lines(found, scripts),
-             *check_titles(found, Path('nbs')), *check_pages(found), *check_links(found),
+    wrong = [*check_imports(found), *check_second_pages(found), *check_package(Path('compecon')),
+             *check_lines(found, scripts), *check_titles(found, Path('nbs')), *check_pages(found), *check_links(found),
              *check_sidebar(found, config), *check_paths(Path('nbs'))]
     print('\n'.join(wrong) if wrong else f'{len(found)} notebooks in order')
     sys.exit(bool(wrong))
