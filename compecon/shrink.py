@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -75,6 +76,7 @@ class Report:
     seconds: dict[str,float] = field(default_factory=dict) # By step
     library: str='transformers' # The library that the model comes from
     vocabulary: tuple[int,int]|None=None # Rows in full, and directions that all others share; `None` if all are in full
+    tokenizer: Any=None         # That read the texts, if the model does not come with it
 
     def __repr__(self):
         kept = ', '.join(f'{k} {v:.4f}' for k,v in self.fidelity.items())
@@ -95,10 +97,10 @@ class Report:
     def save(self,
         model:nn.Module, # The smaller model
         folder:str|Path, # Where; replaced if it exists
-        tokenizer=None # Saved along if given
+        tokenizer=None # Saved along; if `None`, the one that read the texts
         )->Path: # The folder
         "Write the model, and this report as its card"
-        folder = save(model, folder, tokenizer)
+        folder = save(model, folder, tokenizer or self.tokenizer)
         self.write_card(folder)
         return folder
 
@@ -394,6 +396,7 @@ def _one_by_one(shrinker, body, budgets, said):
             with clock('report'): report = _report(shrinker, small, budget, achieved)
             report.seconds, report.data = dict(clock.seconds), said
             if body.wrapped: report.library = 'sentence-transformers'
+            else: report.tokenizer = body.tokenizer
             small.train(body.model.training)
             yield body.around(small), report
     finally: clock.close()
