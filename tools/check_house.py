@@ -163,6 +163,14 @@ def check_paths(folder):
                 yield f'{path}, cell {cell["id"]}: {name} is a path of this machine: take it out, or clear the output'
 
 
+def check_noise(folder):
+    "Warnings and bars that a cell wrote while it ran are no part of its page"
+    for path in sorted(folder.glob('*.ipynb')):
+        for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
+            if any(o.get('name') == 'stderr' for o in cell.get('outputs', [])):
+                yield f'{path}, cell {cell["id"]} shows what it wrote to stderr: clear that output'
+
+
 def check_sidebar(found, config):
     "Every notebook is in the sidebar, once"
     contents = config['website']['sidebar']['contents']
@@ -183,7 +191,7 @@ def main():
     config = yaml.safe_load(Path('_quarto.yml').read_text(encoding='utf-8'))
     wrong = [*check_imports(found), *check_second_pages(found), *check_package(Path('compecon')),
              *check_lines(found, scripts), *check_titles(found, Path('nbs')), *check_pages(found), *check_links(found),
-             *check_sidebar(found, config), *check_paths(Path('nbs'))]
+             *check_sidebar(found, config), *check_paths(Path('nbs')), *check_noise(Path('nbs'))]
     print('\n'.join(wrong) if wrong else f'{len(found)} notebooks in order')
     sys.exit(bool(wrong))
 
