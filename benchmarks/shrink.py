@@ -221,7 +221,7 @@ class FineTuned:
                 yield small, self.bench.flops(small)/self.bench.flops(self.dense), None
         else:
             batches = self.bench.batches(self.args.samples, 16)
-            options = dict(method=method, seed=seed, progress=False)
+            options = dict(method=method, seed=seed, samples=self.args.samples, progress=False)
             for small, report in shrink_to_all(self.dense, budgets, batches, **options):
                 yield small, report.achieved, report.fidelity
 
