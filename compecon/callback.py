@@ -46,6 +46,8 @@ def hf_collate(
     "One batch for `HFCallback` from samples of different lengths; raises `ValueError` without samples or labels"
     if not samples: raise ValueError('an empty batch cannot be collated')
     xs, ys = zip(*map(_split_labels, samples))
+    if len({len(x.get('input_ids', ())) for x in xs}) > 1:  # what is filled up is no text
+        xs = [{'attention_mask': [1]*len(x['input_ids'])} | dict(x) for x in xs]
     return {k: _pad([x[k] for x in xs], pad_id if k == 'input_ids' else 0) for k in xs[0]}, _pad(ys, -100)
 
 def _pad(values, fill):
@@ -166,7 +168,8 @@ class _MarketEvents(_MarketRun):
         self.priced.record()
     def after_epoch(self):
         if not self._trains or self._looks: return
-        if not self._was_late: _forget_best(self.learn.cbs)  # the first after the close is better than all before
+        if not (self._was_late or self.priced.frozen):  # the first after the close is better than all before
+            _forget_best(self.learn.cbs)
         self._was_late = self.priced.late
     def after_fit(self):
         if self._looks: self._looks -= 1

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 
 from .core import evaluating, model_inputs
 
@@ -103,23 +102,26 @@ class TeacherCache:
         idx, device = inputs['idx'].cpu(), inputs['idx'].device
         return self.logits[idx].to(device), self._states(idx, inputs, device) if hidden else None
 
-    def _states(self, idx, inputs, device): # Padded as the batch is, which may be part of a longer one
-        states = pad_sequence([self.hidden[i] for i in idx.tolist()], True)
-        missing = inputs['input_ids'].shape[1] - states.shape[1]
-        return F.pad(states, (0, 0, 0, 0, 0, missing)).to(device).float()
+    def _states(self, idx, inputs, device): # Padded as the batch is
+        mask, known = _token_mask(inputs).bool().cpu(), [self.hidden[i] for i in idx.tolist()]
+        if mask.sum(1).tolist() != [len(h) for h in known]:
+            raise ValueError('a text has another number of tokens than when the teacher read it')
+        states = known[0].new_zeros(*mask.shape, *known[0].shape[1:])
+        states[mask] = torch.cat(known)
+        return states.to(device).float()
 
 def cache_teacher(
     teacher:nn.Module, # A Hugging Face model
-    batches:Iterable[tuple[Mapping,torch.Tensor]], # All samples, with `idx` from 0 on; padded on the right
+    batches:Iterable[tuple[Mapping,torch.Tensor]], # All samples, with `idx` from 0 on
     hidden:bool=False # Hidden states as well? They take 2 bytes for each feature of each layer of each token
     )->TeacherCache: # In the order of `idx`
     "Ask a teacher everything once; raises `ValueError` without samples"
     device, logits, states = next(teacher.parameters()).device, {}, {}
     for x, _ in batches:
-        ids, lengths = x['idx'].tolist(), _token_mask(x).sum(1)
+        ids, masks = x['idx'].tolist(), _token_mask(x).bool()
         y, h = _answer(teacher, model_inputs(x, device), hidden)
         logits.update(zip(ids, y.float().cpu()))
-        if hidden: states.update((i, s[:n].clamp(-6e4, 6e4).half().cpu().clone()) for i,s,n in zip(ids, h, lengths))
+        if hidden: states.update((i, s[m].clamp(-6e4, 6e4).half().cpu()) for i,s,m in zip(ids, h, masks.to(device)))
     if not logits: raise ValueError('a teacher needs at least one batch to answer')
     order = range(len(logits))
     return TeacherCache(torch.stack([logits[i] for i in order]), [states[i] for i in order] if hidden else None)

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .agents import example_inputs
 from .core import evaluating, mean_tokens
 from .export import (OnnxModel, OpenVinoModel, check_float32, graph_inputs, quantize_onnx, quantize_openvino,
-                             write_onnx, write_openvino)
+                             with_positions, write_onnx, write_openvino)
 from .flops import latency
 from .outputs import compare_outputs
 from .packed import pack
@@ -143,6 +143,7 @@ def bench(
     dense = next(iter(bodies.values()))
     batches = [graph_inputs(b) for b in read_batches(dense, data, None, samples, 8, seed)[0]]
     tokens = tokens or min(mean_tokens(batches), batches[-1]['input_ids'].shape[1])
+    compared = with_positions(dense.model, batches) if dense.outputs.head == 'language model' else batches
     steps = len(bodies)*len(engines) + len(batch)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=steps, desc='engines', leave=False, disable=not progress))
@@ -153,7 +154,7 @@ def bench(
             for engine, model in prepare_engines(prepared, engines, bar).items():
                 runs[name, engine] = model
                 rows[name, engine] = {'megabytes': _megabytes(prepared, engine, model),
-                                      **_fidelity(model, dense, batches)}
+                                      **_fidelity(model, dense, compared)}
         if not runs: raise ValueError('none of these engines can take these models')
         table = pd.DataFrame.from_dict(rows, orient='index')
         for n in batch:

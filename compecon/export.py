@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INT8', 'TOLERANCE', 'TARGETS', 'write_onnx', 'Exported', 'OnnxModel', 'OpenVinoModel', 'load_exported', 'onnx_call',
            'openvino_call', 'onnx_flops', 'quantize_onnx', 'write_openvino', 'quantize_openvino', 'graph_inputs',
-           'check_float32', 'export']
+           'with_positions', 'check_float32', 'export']
 
 # %% ../nbs/40_export.ipynb #40e0a005
 import importlib.util
@@ -33,6 +33,7 @@ from transformers import DynamicCache
 
 from .agents import example_inputs
 from .core import device_name, evaluating, mean_tokens, package_versions
+from .cost import longest_input
 from .flops import count_flops, latency
 from .outputs import Outputs, compare_outputs
 from .shrink import ModelBody, read_batches
@@ -141,6 +142,7 @@ def _positions(mask): return (mask.cumsum(1) - 1).clamp(0) # Of tokens after pad
 class Exported(nn.Module):
     "A graph in an engine, called by the names of a Hugging Face model"
     inputs: dict[str,tuple] # Shapes by name; a dimension that is free is not a number
+    longest, vocabulary = math.inf, math.inf # Of what it can read; infinite if unknown, or if there is no end
 
     def run(self, feed:dict[str,np.ndarray])->dict[str,np.ndarray]:
         "The answers by name"
@@ -163,6 +165,7 @@ class Exported(nn.Module):
         past = past_key_values or self._no_past(rows)
         before = next(iter(past.values())).shape[2] if past else 0
         mask = torch.ones(rows, before + width, dtype=torch.long) if attention_mask is None else attention_mask
+        self._check_reach(input_ids, mask, before + width)
         usual = dict(token_type_ids=torch.zeros_like(input_ids), position_ids=_positions(mask)[:, -width:])
         given = usual | others | dict(input_ids=input_ids, attention_mask=mask)
         usual['attention_mask'] = torch.ones_like(mask)
@@ -170,6 +173,13 @@ class Exported(nn.Module):
             if name not in self.inputs and not (name in usual and torch.equal(value, usual[name])):
                 raise ValueError(f'this graph does not read {name}: it reads {", ".join(self.inputs)}')
         return {k: v.numpy() for k,v in given.items() if k in self.inputs} | past
+
+    def _check_reach(self, input_ids, mask, width): # OpenVINO gives answers to what is out of range
+        if mask.shape[1] != width:
+            raise ValueError(f'attention_mask is for {mask.shape[1]} tokens: with those in the cache there are {width}')
+        if width > self.longest: raise ValueError(f'{width} tokens, and this model reads at most {self.longest}')
+        wrong = input_ids[(input_ids < 0) | (input_ids >= self.vocabulary)]
+        if len(wrong): raise ValueError(f'there is no token {wrong[0]}: this model has {self.vocabulary}')
 
     def _no_past(self, rows):
         shapes = {k: v for k,v in self.inputs.items() if k.startswith('past_key_values')}
@@ -250,7 +260,11 @@ def load_exported(
     file = Path(file)
     if file.suffix not in kinds: raise ValueError(f'{file}: a graph is a file that ends in .onnx or .xml')
     if not file.is_file(): raise ValueError(f'{file} is not there')
-    return kinds[file.suffix](file, **options)
+    graph, report = kinds[file.suffix](file, **options), file.parent.parent/'export.json'
+    if report.is_file():  # not beside a graph that is being made, or was moved
+        reach = json.loads(report.read_text(encoding='utf-8')).get('reach', {})
+        graph.longest, graph.vocabulary = (reach.get(k) or math.inf for k in ('longest', 'vocabulary'))
+    return graph
 
 # %% ../nbs/40_export.ipynb #40e0a039
 def _call(model, inputs, kind):
@@ -402,6 +416,14 @@ def graph_inputs(
     mask = dict(attention_mask=torch.ones_like(batch['input_ids']))
     return {k: v for k,v in (mask | batch).items() if k in _READ}
 
+def with_positions(
+    model:nn.Module, # A decoder
+    batches:list[dict] # As from graph_inputs
+    )->list[dict]: # The same, for a model that takes positions
+    "Positions of tokens after padding on the left, as graphs have them"
+    if 'position_ids' not in inspect.signature(model.forward).parameters: return batches
+    return [b | dict(position_ids=_positions(b['attention_mask'])) for b in batches]
+
 # %% ../nbs/40_export.ipynb #40e0a049
 class _Exporter:
     "Writes graphs into a folder, and knows how near each is to the model"
@@ -412,9 +434,7 @@ class _Exporter:
         self.decodes = self.outputs.head == 'language model'
         pad = self.model.config.pad_token_id
         self.probes = _probes(self.batches, 0 if pad is None else pad)
-        if self.decodes and 'position_ids' in inspect.signature(self.model.forward).parameters:
-            self.compared = [b | dict(position_ids=_positions(b['attention_mask'])) for b in self.batches]
-        else: self.compared = self.batches
+        self.compared = with_positions(self.model, self.batches) if self.decodes else self.batches
 
     def onnx(self):
         file = self.folder/'onnx'/'model.onnx'
@@ -494,9 +514,11 @@ def _check_export(body, folder, data, targets, int8):
 def _write_rest(body, folder): # Configuration and tokenizer
     if body.wrapped:
         body.given.save_pretrained(str(folder), create_model_card=False)
-        for f in (*folder.rglob('*.safetensors'), *folder.rglob('*.index.json')): f.unlink()
+        first = folder/json.loads((folder/'modules.json').read_text(encoding='utf-8'))[0]['path']
+        for f in (*first.glob('*.safetensors'), *first.glob('*.index.json')): f.unlink()  # later modules have theirs
     else:
         body.model.config.save_pretrained(folder)
+        if body.model.can_generate(): body.model.generation_config.save_pretrained(folder)
         if body.tokenizer is not None: body.tokenizer.save_pretrained(folder)
     file = folder/'config.json'
     config = json.loads(file.read_text(encoding='utf-8'))
@@ -538,7 +560,7 @@ def export(
         steps = 1 + ('openvino' in targets) + bool(int8)*len(targets)
         with tqdm(total=steps, desc='graphs', leave=False, disable=not progress) as bar:
             table = _export(_Exporter(body, batches, part, bar), targets, int8, least)
-        _write_report(table, part)
+        _write_report(table, body.model, part)
         part.chmod(0o755)
         if folder.exists(): folder.rmdir()
         os.replace(part, folder)
@@ -574,8 +596,15 @@ def _warn_of_slow(table):
 
 _VERSIONS = 'compecon', 'torch', 'transformers', 'onnx', 'onnxruntime', 'openvino', 'nncf'
 
-def _write_report(table, folder):
-    made = dict(device=device_name(), threads=torch.get_num_threads(), versions=package_versions(*_VERSIONS))
+def _reach(model): # Of a table of positions, and of token ids; what computes positions has no end
+    tokens, longest = model.get_input_embeddings(), longest_input(model)
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
+    ends = any(longest <= t.num_embeddings < math.inf for t in tables)
+    return dict(longest=longest if ends else None, vocabulary=tokens.num_embeddings)
+
+def _write_report(table, model, folder):
+    made = dict(device=device_name(), threads=torch.get_num_threads(), versions=package_versions(*_VERSIONS),
+                reach=_reach(model))
     rows = table.reset_index().to_dict('records')
     files = [{k: v for k,v in row.items() if v == v} for row in rows]  # what was not measured is left out
     (folder/'export.json').write_text(json.dumps(made | dict(files=files), indent=2), encoding='utf-8')

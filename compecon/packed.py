@@ -412,7 +412,7 @@ def choose_agents(
     model:nn.Module, # From `pack`
     opened:torch.Tensor # `(groups, agents)` of bool: a router's choice
     ):
-    """As `open_agents`, for the next call of this thread alone: several threads may call one model
+    """As `open_agents`, for this thread alone, until it chooses again: several threads may call one model
 
     Raises `ValueError` for a mask that does not fit.
     """

@@ -7,6 +7,8 @@ __all__ = ['Router', 'ContextualEconomy', 'presence', 'ContextualMarket', 'sprea
 
 # %% ../nbs/44_router.ipynb #06814157
 import inspect
+import os
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -16,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .core import Budget, flops_share, model_inputs
+from .core import Budget, evaluating, flops_share, model_inputs
 from .cost import check_price
 from .curves import CostCurves
 from .economy import Economy
@@ -112,8 +114,14 @@ class _Routed(Economy):
 class _Read:
     "As a pass begins, a router reads its sequences"
     is_gate = True
-    def __init__(self, economy): self.economy = economy
-    def __call__(self, model, args, kwargs): self.economy.before_pass(_offsets(model, args, kwargs))
+    def __init__(self, economy): self.economy, self.caller = economy, (None, None) # Process and thread
+    def __call__(self, model, args, kwargs):
+        caller = os.getpid(), threading.get_ident()
+        if self.caller[0] != caller[0]: self.caller = caller  # the first, or a copy in another process
+        if self.caller != caller:  # it would find the open sets of another call
+            raise RuntimeError('a router that can be trained is called by one thread: several may call what '
+                               '`pack_router(economy)` gives')
+        self.economy.before_pass(_offsets(model, args, kwargs))
 
 # %% ../nbs/44_router.ipynb #aae0f486
 class ContextualEconomy(_Routed):
@@ -233,7 +241,7 @@ def calibrate(
     return _spread(economy)
 
 def _read_all(economy, batches):
-    with torch.no_grad(): offsets = [economy.read(model_inputs(b)) for b in batches]
+    with torch.no_grad(), evaluating(economy.model): offsets = [economy.read(model_inputs(b)) for b in batches]
     if not offsets: raise ValueError('to see what sequences cost takes at least one batch')
     economy.offsets = torch.cat(offsets)
 

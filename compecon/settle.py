@@ -431,27 +431,36 @@ def settle_vocabulary(
 # %% ../nbs/11a_saving.ipynb #45023231
 import ctypes
 import errno
+import json
 import os
 import secrets
 import shutil
 import tempfile
 from contextlib import ExitStack, contextmanager, suppress
-from fnmatch import fnmatch
 
 from .core import has_gates
 
 # %% ../nbs/11a_saving.ipynb #59ad77df
-_OF_MODELS = ('config.json generation_config.json model*.safetensors model.safetensors.index.json pytorch_model*.bin '
+_OF_MODELS = ('config.json generation_config.json model.safetensors model.safetensors.index.json pytorch_model.bin '
               'pytorch_model.bin.index.json tokenizer.json tokenizer_config.json tokenizer.model vocab.json vocab.txt '
               'merges.txt spiece.model spm.model sentencepiece.bpe.model special_tokens_map.json added_tokens.json '
               'chat_template.jinja modules.json sentence_bert_config.json config_sentence_transformers.json '
-              '[0-9]_[A-Z]* agents.svg').split() # What `save_pretrained` writes, of a SentenceTransformer too
+              'agents.svg').split() # What `save_pretrained` writes, of a SentenceTransformer too
+_PARTS = re.compile(r'(model|pytorch_model)-\d{5}-of-\d{5}\.(safetensors|bin)')
+
+def _text_of(file): # Empty if another process is replacing it
+    try: return file.read_text(encoding='utf-8', errors='replace')
+    except FileNotFoundError: return ''
 
 def _is_of_model(file):
-    if file.name != 'README.md': return any(fnmatch(file.name, name) for name in _OF_MODELS)
-    try: text = file.read_text(encoding='utf-8', errors='replace')
-    except OSError: return not file.exists()  # another process saves there, too
-    return 'compecon' in text or 'sentence-transformers' in text  # a card that was written with a model
+    if file.is_dir(): return file.name in _modules_in(file.parent) and all(map(_is_of_model, file.iterdir()))
+    if file.name != 'README.md': return file.name in _OF_MODELS or bool(_PARTS.fullmatch(file.name))
+    start, *card = _text_of(file).split('---', 2)  # a card that was written with a model has a header
+    return not start and (not card or 'compecon' in card[0] or 'sentence-transformers' in card[0])
+
+def _modules_in(folder): # Folders of a SentenceTransformer's modules
+    try: return [module['path'] for module in json.loads(_text_of(folder/'modules.json') or '[]')]
+    except (ValueError, TypeError, KeyError): return []
 
 def check_writable(
     folder:str|Path # It need not exist

@@ -75,6 +75,7 @@ class Report:
     other: dict[str,float]|None=None # As `fidelity`, on the texts of another kind
     seconds: dict[str,float] = field(default_factory=dict) # By step
     library: str='transformers' # The library that the model comes from
+    engine: str='torch'         # In which a budget in time was measured; milliseconds in `costs` are PyTorch's
     vocabulary: tuple[int,int]|None=None # Rows in full, and directions that all others share; `None` if all are in full
     tokenizer: Any=None         # That read the texts, if the model does not come with it
 
@@ -118,11 +119,14 @@ def _shown(report): # Words and tables
             'tokens that were not in the texts that were used')
     if report.other is not None: near += '; unlikeness: 1 means like the texts kept aside'
     return [f'{report.model}, {report.head}, by the method {report.method}: asked for {report.asked}, '
-            f'achieved {_number(report.achieved)}. Seconds: {took}. FLOPs and milliseconds are for one '
-            f'sequence of {report.tokens} tokens.', report.costs, near + '):', report.kept(),
+            f'achieved {_number(report.achieved)}{_measured(report.engine)}. Seconds: {took}. FLOPs and milliseconds '
+            f'are for one sequence of {report.tokens} tokens.', report.costs, near + '):', report.kept(),
             _said_of(report.vocabulary) +
             'Heads and neuron blocks that are left, and their cost (spend: share of the dense model\'s FLOPs; '
             'fixed: parts without heads and neurons):', report.layers]
+
+def _measured(engine):
+    return '' if engine == 'torch' else f" (by a table of times in {engine}; milliseconds below are PyTorch's)"
 
 def _as_html(report):
     def show(part):
@@ -579,7 +583,8 @@ def _report(shrinker, small, budget, achieved):
     name = getattr(dense, 'name_or_path', '') or ''
     return Report(type(dense).__name__, '' if Path(name).exists() else name, outputs.head, shrinker.method, str(budget),
                   achieved, costs, fidelity, outputs.measure.says, layers, who_is_open(economy), '',
-                  shrinker.tokens, aside, shrinker.seed, other, vocabulary=shrinker.size)
+                  shrinker.tokens, aside, shrinker.seed, other, vocabulary=shrinker.size,
+                  engine=shrinker.engine if shrinker._curves_of(budget) else 'torch')
 
 # %% ../nbs/33_shrink.ipynb #06c36506b
 def _fidelity(shrinker, small, batches): # To the dense model, and how unlike the texts are
@@ -593,7 +598,8 @@ def _perplexity(model, batches): # By the token, within sequences
     total, n = 0., 0
     for batch in batches:
         x = model_inputs(batch, next(model.parameters()).device)
-        mask = x.get('attention_mask', torch.ones_like(x['input_ids']))[:, 1:].bool()
+        real = x.get('attention_mask', torch.ones_like(x['input_ids'])).bool()
+        mask = real[:, 1:] & real[:, :-1]  # the first token after padding is foretold by padding
         with torch.no_grad(), evaluating(model): logits = model(**x).logits[:, :-1][mask].float()
         total += F.cross_entropy(logits, x['input_ids'][:, 1:][mask], reduction='sum').item()
         n += len(logits)

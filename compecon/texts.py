@@ -108,6 +108,9 @@ def with_answers(
     pad = model.config.pad_token_id
     for batch in batches:
         x = model_inputs(batch, next(model.parameters()).device)
+        if 'labels' in x and 'decoder_attention_mask' not in x:  # a collator fills up with -100
+            yield batch | dict(decoder_attention_mask=(x['labels'] != -100).long().cpu())
+            continue
         if 'decoder_input_ids' in x or 'labels' in x:
             yield batch
             continue

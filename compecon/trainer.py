@@ -8,6 +8,7 @@ __all__ = ['EconomyMixin', 'EconomyTrainer']
 # %% ../nbs/23_trainer.ipynb #e5a5edfa
 import warnings
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -39,12 +40,12 @@ class _PricedLoss:
     priced = None
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "As `Trainer.compute_loss`; in training, plus the teacher's part and the cost of compute"
-        base = super().compute_loss
-        if self.priced is None or not model.training: return base(model, inputs, return_outputs, num_items_in_batch)
+        base = partial(super().compute_loss, num_items_in_batch=num_items_in_batch)
+        if self.priced is None or not model.training: return base(model, inputs, return_outputs)
         self.priced.before_forward(self.state.global_step/self.state.max_steps)
         given = dict(inputs)
         with_outputs = return_outputs or self.distillation is not None
-        with self._watching() as watch: found = base(model, inputs, with_outputs, num_items_in_batch)
+        with self._watching() as watch: found = base(model, inputs, with_outputs)
         loss, out = found if with_outputs else (found, None)
         parts = self._parts_of_step(num_items_in_batch)
         loss = self.priced.loss(self._taught(loss*parts, out, given, watch))/parts
@@ -116,14 +117,17 @@ class _PricedTrainer(_CheckedTrainer):
         elif model_gates(self.economy.model) is not self.economy.gates:
             raise ValueError('the gates of this trainer have been taken off its model, as `settle(in_place=True)` '
                              'does: make a new trainer')
+        elif self.priced.closed and not (args or kwargs.get('resume_from_checkpoint')):
+            warnings.warn('this training opens all agents again and prunes anew: to train those that are open now, '
+                          'train the model that `settle()` gives')
         if self.model_accepts_loss_kwargs and not self.compute_loss_func: self._check_division()
         return super().train(*args, **kwargs)
 
     def _check_division(self): # A Trainer takes it that such a model divides its loss by the number of items it is told
         with torch.random.fork_rng(devices=[]): batch = self._prepare_inputs(next(iter(self.get_train_dataloader())))
         with torch.no_grad(), evaluating(self.model):
-            one, two = (super(_PricedTrainer, self).compute_loss(self.model, dict(batch), False, torch.tensor(n))
-                        for n in (1, 2))
+            base = super().compute_loss
+            one, two = (base(self.model, dict(batch), num_items_in_batch=torch.tensor(n)) for n in (1, 2))
         if torch.equal(one, two): self.model_accepts_loss_kwargs = False  # it does not: the Trainer has to
 
     def _make_economy(self):
@@ -148,7 +152,7 @@ class EconomyMixin(_PricedTrainer):
 
     def evaluate(self, *args, **kwargs):
         "As `Trainer.evaluate`; while a market trains for many budgets, at one of them"
-        if self.priced and self.is_in_train: self.market.before_evaluation(self.economy)
+        if self.priced and (self.is_in_train or not self.market.final): self.market.before_evaluation(self.economy)
         return super().evaluate(*args, **kwargs)
 
     def save_model(self, output_dir=None, _internal_call=False):

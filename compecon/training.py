@@ -7,6 +7,7 @@ __all__ = ['NOT_TRAINED', 'all_reduce_mean', 'PricedTraining']
 
 # %% ../nbs/20b_training.ipynb #f8807d5a
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -64,7 +65,11 @@ class _PricedRun:
 
     def _begin(self, pct): # At the start, or where a run was interrupted
         state, self.economy.gates.resumed = self.economy.gates.resumed, {}
-        if pct > 0 and state: return self.load_state_dict(state)
+        if pct > 0 and state:
+            if pct < self.market.close <= state.get('pct', 0.):
+                raise ValueError(f'this checkpoint is from {state["pct"]:.0%} of its training, when the market had '
+                                 f'closed, and training would go on at {pct:.0%}: settle it, and train what is left')
+            return self.load_state_dict(state)
         if pct >= self.market.warmup and (self.measure or self.market.learned):
             raise ValueError(f'training goes on at {pct:.0%}, and its values are not known: '
                              'load a checkpoint of it first')
@@ -147,22 +152,36 @@ class PricedTraining(_PricedSteps):
         return self.frozen or self.late and self.market.final and self.economy.gate.hard
 
     @property
-    def late(self): return self.pct >= self.market.close # Is the order of agents final?
+    def reached(self): return self.economy.gates.resumed.get('pct', self.pct) # A state may have been loaded since
+    @property
+    def late(self): return self.reached >= self.market.close # Is the order of agents final?
 
     def check_closed(self):
         "Raises `ValueError` saying why the open set is not final, if it is not"
         if self.closed: return
         if not (self.pct or self.history): raise ValueError(NOT_TRAINED)
-        market, pct = self.market, self.pct
+        market, pct = self.market, self.reached
         if not market.final: why = f'{type(market).__name__} trains for many budgets and ends at none'
         else: why = f'training stopped at {pct:.0%}, before the market closes at {market.close:.0%}'
         raise ValueError(f'{why}: say which budget is wanted, as in `settle(0.4)`')
 
     def settle(self,
-        budget:float|str|Budget|None=None, # Cleared first; what training ended at if `None`
+        budget:float|str|Budget|None=None, # Cleared for this model alone; what training ended at if `None`
         **kwargs # Of compecon.settle.settle: `multiple`, `in_place`, `backend`
         )->nn.Module: # A smaller model of the same class
         "The smaller model; raises `ValueError` where training did not end at one budget"
-        if budget is None: self.check_closed()
-        else: self.economy.clear(budget)
-        return settle(self.economy, **kwargs)
+        if budget is None:
+            self.check_closed()
+            return settle(self.economy, **kwargs)
+        with _put_back(self.economy):
+            self.economy.clear(budget)
+            return settle(self.economy, **kwargs)
+
+@contextmanager
+def _put_back(economy): # Values, price and gate as they were
+    gates, before = economy.gates, [t.detach().clone() for t in (economy.gates.log_values, economy.gates.log_price)]
+    hard = economy.gate.hard
+    try: yield
+    finally:
+        for t, old in zip((gates.log_values, gates.log_price), before): t.data = old
+        economy.gate.hard = hard

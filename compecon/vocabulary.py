@@ -77,7 +77,7 @@ def factor_vocabulary(
         raise ValueError(f'full={full} and rank={rank} must be above 0 and below {tokens} tokens and {width} features')
     new = FactoredEmbedding(tokens, width, full, rank, table.weight.device, table.weight.dtype)
     model.set_input_embeddings(new)
-    model.set_output_embeddings(FactoredHead(new))
+    if model.get_output_embeddings() is not None: model.set_output_embeddings(FactoredHead(new))
     model.config.tie_word_embeddings = False  # transformers would look for two weights
     model.all_tied_weights_keys = {}
     return new.train(model.training)

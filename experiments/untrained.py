@@ -159,7 +159,8 @@ def main():
                            records='results/untrained.jsonl')
     parser.add_argument('--texts', default='wikitext', help='that methods see, separated by commas: wikitext, python')
     parser.add_argument('--params', default='0.9,0.8,0.7,0.5', help="shares of the dense model's parameters")
-    parser.add_argument('--windows', type=int, default=96, help='of 256 tokens, that methods see')
+    parser.add_argument('--windows', type=int, default=96, help='of 256 tokens, that methods see; with --records of '
+                        'its own for another number')
     parser.add_argument('--looks', type=int, default=4, help='windows that sleb sees')
     parser.add_argument('--steps', type=int, default=0, help='of recovery')
     parser.add_argument('--lr', type=float, default=2e-4, help='of recovery')

@@ -197,11 +197,17 @@ def read_file(
     if kind not in _FILES: raise ValueError(f'{file}: a file of texts is {", ".join(_FILES)}')
     if not file.is_file(): raise ValueError(f'{file} is not there')
     try:
-        if kind == '.txt': return file.read_text(encoding='utf-8').splitlines()
+        if kind == '.txt': return _lines(file.read_text(encoding='utf-8-sig'))
         rows = readers[kind](file)
     except (OSError, ValueError) as e: raise ValueError(f'{file} cannot be read: {e}') from None
+    if kind == '.csv' and not isinstance(rows.index, pd.RangeIndex):  # pandas takes the first field for an index
+        raise ValueError(f'{file} has rows with more fields than its first line has names: put texts with commas in '
+                         'quotes, and no comma at the end of a line')
     if column is None: return rows.to_dict('records')
     return _of_columns(rows.to_dict('records'), column, file)
+
+def _lines(text): # At line breaks only, not at every character that Unicode counts as one
+    return text.removesuffix('\n').split('\n') if text else []
 
 def _of_columns(rows, column, source): # Texts, or pairs where two columns are named
     names = _names(column)

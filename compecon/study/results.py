@@ -73,7 +73,8 @@ _TRAINED = [
         f'{_SHRINK} --task stsb --methods {_LABELS}',
         f'{_SHRINK} --task cola --methods {_LABELS}',
         f'{_SHRINK} --task mnli --methods repair,fisher,repair:labels,taylor:labels --budgets 0.6,0.4 --seeds 1',
-        f'{_SHRINK} --task mnli --methods grail,osscar,slimgpt,kprune:labels --budgets 0.4,0.2 --seeds 2',
+        f'{_SHRINK} --task mnli --methods grail,osscar,slimgpt --budgets 0.4,0.2 --seeds 2',
+        f'{_SHRINK} --task mnli --methods kprune:labels --budgets 0.4,0.2',
         f'{_SHRINK} --task wikitext --methods repair,fisher,optipfair --budgets 0.8 --seeds 1')),
     Source('shrink/runs.jsonl', 'which fine-tuned models does it start from there?', _all(
         f'{_SHRINK} --task stsb', f'{_SHRINK} --task cola', f'{_SHRINK} --task mnli')),
@@ -87,6 +88,8 @@ _TRAINED = [
                 f'{_NO_STEPS} wanda_sp,shortgpt,flap-even,slicegpt --params 0.8,0.7',
                 f'{_NO_STEPS} repair,repair-layers,slimgpt --texts python --params 0.8,0.7',
                 f'{_NO_STEPS} repair,slimgpt --steps 60 --params 0.8,0.5')),
+    Source('untrained-more-text.jsonl', 'and with twice the text?', f'{_NO_STEPS} repair,slimgpt --params 0.8,0.7 '
+           '--windows 192 --seeds 3 --records results/untrained-more-text.jsonl'),
     Source('context.jsonl', 'do gates pay that read their input?', _all(
         f'{_CONTEXT} --task cola', f'{_CONTEXT} --task stsb --seeds 1')),
     Source('picture.jsonl', 'what is left of a MiniLM?', 'python benchmarks/picture.py --data DATA'),
