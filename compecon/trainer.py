@@ -163,7 +163,7 @@ class EconomyMixin(_PricedTrainer):
         return super().save_model(output_dir, _internal_call)
 
     def settle(self,
-        budget:float|str|Budget|None=None, # Cleared first; what training ended at if `None`
+        budget:float|str|Budget|None=None, # As for PricedTraining.settle
         **kwargs # Of compecon.settle.settle: `multiple`, `in_place`, `backend`
         )->nn.Module: # A smaller model of the same class
         "The smaller model; raises `ValueError` before training, and where training did not end at one budget"
